@@ -1,0 +1,58 @@
+"""Writing files so that a reader finds the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pfl_lm.errors import RunFolderError
+
+
+def write_atomically(path: Path, content: bytes) -> str:
+    """Write a file under its final name only when it is complete and on disk.
+
+    Returns the SHA-256 of the content, in hexadecimal. Makes the parent folder if need be.
+
+    Raises:
+        RunFolderError: no space, no permission.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a write below ``path`` into a RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        hint = "see that the folder can be written to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "make room on this disk; what was committed before is intact"
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror}", hint=hint) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""How an adapter's tensors lie in one flat vector.
+
+    vector  (d,)   [ layer 0 q_proj A | layer 0 q_proj B | layer 0 v_proj A | … ]
+
+Every rule of every method is algebra over such vectors. The layout says which slice is which
+tensor, which A belongs to which B, and nothing about where the names came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Factor = Literal["A", "B"]
+Vector = Tensor
+"""All trainable numbers of one adapter, fp32, shape ``(d,)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One LoRA matrix: the module it adapts, which factor it is, and where it lies."""
+
+    module: str
+    factor: Factor
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def name(self) -> str:
+        """The key of this matrix in named tensors: ``<module>.<factor>``."""
+        return f"{self.module}.{self.factor}"
+
+    @property
+    def stop(self) -> int:
+        """One past the last position of this matrix in the vector."""
+        return self.start + math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The order and shapes of an adapter's matrices. Immutable and comparable."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, matrices: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> AdapterLayout:
+        """Lay the matrices out one after another, in the order given.
+
+        Raises:
+            ValueError: a matrix is named twice.
+        """
+        entries: list[Entry] = []
+        start = 0
+        for module, factor, shape in matrices:
+            entries.append(Entry(module, factor, tuple(shape), start))
+            start = entries[-1].stop
+        if len({entry.name for entry in entries}) != len(entries):
+            raise ValueError("a matrix is named twice in one layout")
+        return cls(tuple(entries))
+
+    @cached_property
+    def d(self) -> int:
+        """How many numbers the vector holds."""
+        return self.entries[-1].stop if self.entries else 0
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[Entry, Entry], ...]:
+        """The (A, B) entries of each adapted module."""
+        by_name = {entry.name: entry for entry in self.entries}
+        return tuple((e, by_name[f"{e.module}.B"]) for e in self.entries if e.factor == "A")
+
+    def views(self, vector: Vector) -> Iterator[tuple[Entry, Tensor]]:
+        """Yield each matrix as a view into the vector: writing to it writes to the vector.
+
+        Raises:
+            ValueError: the vector has another length.
+        """
+        if vector.shape != (self.d,):
+            raise ValueError(f"expected a vector of shape ({self.d},), got {tuple(vector.shape)}")
+        for entry in self.entries:
+            yield entry, vector[entry.start : entry.stop].view(entry.shape)
+
+    def split(self, vector: Vector) -> dict[str, Tensor]:
+        """Return the matrices by name, as views into the vector."""
+        return {entry.name: view for entry, view in self.views(vector)}
+
+    def join(self, named: Mapping[str, Tensor]) -> Vector:
+        """Return the flat fp32 vector of the named matrices.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs.
+        """
+        names = {entry.name for entry in self.entries}
+        if names != named.keys():
+            raise ValueError(f"names differ from the layout: {sorted(names ^ named.keys())}")
+        for entry in self.entries:
+            if tuple(named[entry.name].shape) != entry.shape:
+                raise ValueError(
+                    f"{entry.name}: expected shape {entry.shape}, "
+                    f"got {tuple(named[entry.name].shape)}"
+                )
+        parts = [named[entry.name].detach().to(torch.float32).reshape(-1) for entry in self.entries]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def mask(self, factor: Factor, device: torch.device | str | None = None) -> Tensor:
+        """Return a boolean vector ``(d,)`` that is true on every matrix of this factor."""
+        chosen = torch.zeros(self.d, dtype=torch.bool, device=device)
+        for entry in self.entries:
+            if entry.factor == factor:
+                chosen[entry.start : entry.stop] = True
+        return chosen
+
+    def without_effect(self, vector: Vector) -> Vector:
+        """Return a copy whose B factors are zero: an adapter that leaves the backbone as it is."""
+        return vector.masked_fill(self.mask("B", vector.device), 0.0)
+
+    def matrix_rms(self, vector: Vector) -> Vector:
+        """Return ``(d,)``: at each position, the root mean square of the matrix it belongs to."""
+        rms = torch.empty_like(vector)
+        for entry in self.entries:
+            part = vector[entry.start : entry.stop]
+            rms[entry.start : entry.stop] = part.square().mean().sqrt()
+        return rms
