@@ -22,7 +22,7 @@ Symbols: g ``grad`` · m ``first_moment`` · v ``second_moment`` · P ``precondi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -91,6 +91,8 @@ def alignment_step(
             f"state, grad and offset must share one shape (d,): "
             f"{tuple(m.shape)}, {tuple(grad.shape)}, {tuple(offset.shape)}"
         )
+    if correction not in get_args(Correction):
+        raise ValueError(f"correction: {correction!r} is none of {', '.join(get_args(Correction))}")
     kept = v.mul_(beta) + eps  # β v_prev + ε
     m.mul_(beta).add_(grad, alpha=1 - beta)
     v.addcmul_(grad, grad, value=1 - beta)
@@ -113,6 +115,4 @@ def _gamma(m: Tensor, v: Tensor, offset: Tensor, eps: float, correction: Correct
             variance = (v - m * m).clamp_(min=0)
             z = m.abs().div_(variance.mul_(2).add_(eps).sqrt_()).masked_fill_(m == 0, 0)
             opposes = z.erf_() * m.sign() * offset.sign()
-        case _:
-            raise ValueError(f"correction: {correction!r} is none of erf, none, half, full, hard")
     return opposes.mul_(0.5).add_(0.5)

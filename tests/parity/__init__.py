@@ -1,0 +1,1 @@
+"""Independent re-implementations, written from the papers and not from our code."""
