@@ -1,0 +1,205 @@
+"""The one place that knows PEFT: an adapter goes in, flat vectors come in and out.
+
+    weights  (d,)  fp32   ── PEFT's lora_A / lora_B parameters are views into it
+    grads    (d,)  fp32   ── their ``.grad`` are views into it
+
+So a client's swap is one copy, and a method sees one vector. One adapter is resident, named
+``default``; client ids never become PEFT adapter names, because PEFT finds an adapter's tensors by
+looking for its name inside their keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pfl_lm.errors import ExportError, ModelError
+from pfl_lm.layout import AdapterLayout, Factor, Vector
+from pfl_lm.model.backbone import Backbone
+
+if TYPE_CHECKING:
+    from pfl_lm.recipe import AdapterOptions
+
+_NAME = "default"
+_PREFIX = ("base_model", "model")
+
+
+class Adapter:
+    """The LoRA adapter that lives in a backbone, as one flat vector.
+
+    Attributes:
+        model: the backbone's model, which now applies the adapter in every forward.
+        layout: which slice of the vector is which matrix.
+        weights: ``(d,)`` fp32, the live numbers; writing here changes the model.
+        grads: ``(d,)`` fp32, the live gradients of the last backward.
+    """
+
+    def __init__(self, backbone: Backbone, options: AdapterOptions, *, seed: int) -> None:
+        """Inject a fresh adapter: A random from ``seed``, B zero.
+
+        Raises:
+            ModelError: a target module or a layer does not exist.
+        """
+        _check_targets(backbone.model, options)
+        self.model = backbone.model
+        self._peft, self.config = _inject(backbone, options, seed)
+        self._parameters = _parameters_by_place(self._peft)
+        self.layout = AdapterLayout.of(
+            (module, factor, tuple(parameter.shape))
+            for (module, factor), parameter in self._parameters.items()
+        )
+        self.weights: Vector = self.layout.join(
+            {f"{m}.{f}": parameter for (m, f), parameter in self._parameters.items()}
+        )
+        self.grads: Vector = torch.zeros_like(self.weights)
+        for (_, view), parameter in zip(
+            self.layout.views(self.weights), self.parameters(), strict=True
+        ):
+            parameter.data = view
+        self.zero_grad()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield PEFT's parameters in the order of the layout."""
+        yield from self._parameters.values()
+
+    def read(self) -> Vector:
+        """Return a copy of the numbers in use."""
+        return self.weights.clone()
+
+    @torch.no_grad()
+    def write(self, vector: Vector) -> None:
+        """Put a client's numbers in: one copy of ``(d,)``."""
+        self.weights.copy_(vector)
+
+    def zero_grad(self) -> None:
+        """Set the gradients to zero, and tie each parameter's ``.grad`` to its slice again."""
+        self.grads.zero_()
+        for (_, view), parameter in zip(
+            self.layout.views(self.grads), self.parameters(), strict=True
+        ):
+            parameter.grad = view if parameter.requires_grad else None
+
+    def drop_grad(self) -> None:
+        """Set every ``.grad`` to None: an optimizer then takes no step at all."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train_only(self, factor: Factor | None) -> None:
+        """Let only the A or only the B factors be trained; None trains both."""
+        for (_, own), parameter in self._parameters.items():
+            parameter.requires_grad_(factor in (None, own))
+
+    def tensors(self, vector: Vector) -> dict[str, Tensor]:
+        """Return a vector as PEFT saves it: one contiguous CPU tensor a key, no adapter name."""
+        return {
+            _saved_key(entry.module, entry.factor): view.detach().cpu().contiguous().clone()
+            for entry, view in self.layout.views(vector)
+        }
+
+    def config_json(self, base_model: str, revision: str | None) -> dict[str, Any]:
+        """Return the content of ``adapter_config.json``, with sets as sorted lists."""
+        config = self.config.to_dict()
+        config.update(base_model_name_or_path=base_model, revision=revision, inference_mode=True)
+        return {key: _plain(value) for key, value in sorted(config.items())}
+
+    def reload(self, folder: Path) -> Vector:
+        """Read an exported folder back through PEFT, as a stranger would, and return its vector.
+
+        Leaves the reloaded numbers in the model.
+
+        Raises:
+            ExportError: PEFT does not find exactly this adapter's tensors in it.
+        """
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        tensors = load_peft_weights(str(folder), device="cpu")
+        expected = {_saved_key(module, factor) for module, factor in self._parameters}
+        result = set_peft_model_state_dict(self._peft, tensors, adapter_name=_NAME)
+        missing = [key for key in result.missing_keys if _place(key) is not None]
+        if tensors.keys() != expected or result.unexpected_keys or missing:
+            wrong = sorted({*(tensors.keys() ^ expected), *result.unexpected_keys, *missing})
+            raise ExportError(f"{folder}: PEFT does not read it back; keys differ: {wrong[:6]}")
+        return self.read()
+
+
+def _inject(backbone: Backbone, options: AdapterOptions, seed: int) -> tuple[Any, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=sorted(options.target_modules),
+        layers_to_transform=options.layers_to_transform,
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(backbone.model, config, adapter_name=_NAME)
+    return peft_model, peft_model.peft_config[_NAME]
+
+
+def _parameters_by_place(peft_model: nn.Module) -> dict[tuple[str, Factor], nn.Parameter]:
+    found = {}
+    for key, parameter in peft_model.named_parameters():
+        place = _place(key)
+        if place is not None:
+            found[place] = parameter
+    return found
+
+
+def _place(key: str) -> tuple[str, Factor] | None:
+    """Return (module, factor) of a live PEFT key, by its parts; None if it is not of an adapter."""
+    parts = key.split(".")
+    if len(parts) < 5 or tuple(parts[:2]) != _PREFIX or parts[-2:] != [_NAME, "weight"]:
+        return None
+    if parts[-3] not in ("lora_A", "lora_B"):
+        return None
+    return ".".join(parts[2:-3]), cast("Factor", parts[-3].removeprefix("lora_"))
+
+
+def _saved_key(module: str, factor: Factor) -> str:
+    return ".".join((*_PREFIX, module, f"lora_{factor}", "weight"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in sorted(value.items())}
+    return getattr(value, "value", value)  # PEFT's enums become their text
+
+
+def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
+    linear = [name for name, module in model.named_modules() if _adaptable(module)]
+    unknown = [
+        target
+        for target in options.target_modules
+        if not any(name == target or name.endswith(f".{target}") for name in linear)
+    ]
+    if unknown:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+        raise ModelError(
+            f"adapter.target_modules: {', '.join(map(repr, unknown))} not in this backbone. "
+            f"It has: {', '.join(leaves)}",
+            hint=f"for example adapter.target_modules=[{', '.join(leaves[:2])}]",
+        )
+    n_layers = getattr(model.config, "num_hidden_layers", None)
+    if n_layers is None:
+        return  # PEFT itself will say if no such layer is found
+    beyond = [n for n in options.layers_to_transform or () if n >= n_layers]
+    if beyond:
+        raise ModelError(
+            f"adapter.layers_to_transform: {beyond} not in this backbone, "
+            f"which has layers 0 to {n_layers - 1}"
+        )
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,134 @@
+"""The frozen language model all clients share: found, loaded once, put on its device, never moved.
+
+Three sources: a Hub id, a local folder, a GGUF file inside an installed package. safetensors only;
+code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pfl_lm.errors import ModelError
+from pfl_lm.model.gguf import convert, converted_folder
+from pfl_lm.model.package import gguf_path
+
+if TYPE_CHECKING:
+    from pfl_lm.recipe import BackboneOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """One resident, frozen causal language model with its tokenizer.
+
+    Attributes:
+        model: a transformers causal language model, every parameter frozen.
+        tokenizer: a fast tokenizer with a chat template.
+        name: the Hub id for cards and adapter configs, or the folder where there is none.
+        revision: the revision asked for, if any.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen weights."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills a batch up; masked by position, so any id would do."""
+        tokenizer = self.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def load_backbone(
+    options: BackboneOptions, device: torch.device, say: Callable[[str], None] = lambda text: None
+) -> Backbone:
+    """Load the backbone of a recipe onto one device and freeze it.
+
+    ``say`` is told what takes long.
+
+    Raises:
+        ModelError: it is not there, not a causal language model, or not in safetensors.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = _source(options, say)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=options.revision,
+            dtype=pick_dtype(options.dtype, device),
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(source, options, error) from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.eval().to(device)
+    name = options.base_model_id or options.model_name_or_path or str(source)
+    return Backbone(model=model, tokenizer=tokenizer, name=name, revision=options.revision)
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the precision of the frozen weights: as asked, or what this device is good at.
+
+    ``auto`` is bfloat16 on GPUs and CPUs that multiply it natively, float32 elsewhere. The adapter
+    and everything a method keeps are float32 in any case.
+    """
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:
+    if options.package is not None:
+        assert options.gguf_file is not None
+        gguf = gguf_path(options.package, options.gguf_file)
+        folder = converted_folder(gguf)
+        if not folder.is_dir():
+            say(f"converting {gguf.name} to safetensors, this once: {folder}")
+        return convert(gguf)
+    assert options.model_name_or_path is not None
+    return options.model_name_or_path
+
+
+def _not_loaded(source: str | Path, options: BackboneOptions, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        hint = "the folder needs config.json, tokenizer files and model.safetensors"
+    elif options.revision is not None:
+        hint = f"check that the Hub has revision {options.revision!r} of {source}"
+    else:
+        hint = (
+            f"check the id on the Hub; for a gated model run `hf auth login`; without a network, "
+            f"run `hf download {source}` once where there is one"
+        )
+    return ModelError(f"backbone {source}: cannot be loaded: {reason}", hint=hint)
