@@ -1,0 +1,164 @@
+"""One client's turn on this machine: a Lightning fit from a start to where T steps lead."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from typing_extensions import override
+
+from pfl_lm.data.batches import training_batches
+from pfl_lm.layout import Factor, Vector
+from pfl_lm.train.loss import nll_sum
+from pfl_lm.train.module import Moments, PersonalizedLM
+
+if TYPE_CHECKING:
+    from pfl_lm.data.chat import Example
+    from pfl_lm.model.adapter import Adapter
+    from pfl_lm.recipe import TrainingOptions
+
+# Lightning sets its loggers to INFO on import and would greet every client of every round.
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class LocalTrainer:
+    """What a method may do with one client's data during one turn.
+
+    Args:
+        adapter: the resident adapter.
+        examples: the client's tokenized training rows.
+        training: rates, batch sizes, optimizer.
+        steps: T, the optimizer steps of this turn.
+        pad_token_id: what fills a batch up.
+        seed: fixes batches and dropout; every fit of the turn sees the same ones.
+        on_step: called after each optimizer step.
+
+    Attributes:
+        n_examples: the client's training rows.
+        summary: plain numbers about the turn, for the ledger; a method may add its own.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        training: TrainingOptions,
+        *,
+        steps: int,
+        pad_token_id: int,
+        seed: int,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.examples = examples
+        self.training = training
+        self.steps = steps
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.n_examples = len(examples)
+        self.summary: dict[str, float] = {}
+        self._ticks = [] if on_step is None else [_Ticker(on_step)]
+
+    def train(
+        self,
+        start: Vector,
+        *,
+        steps: int,
+        callbacks: Sequence[L.Callback] = (),
+        trainable: Factor | None = None,
+        moments: Moments | None = None,
+    ) -> Vector:
+        """Run one fit of ``steps`` optimizer steps from ``start``; return where it ends, ``(d,)``.
+
+        ``moments``, if given, go on and are updated in place. Overwrites the resident adapter.
+        """
+        self.adapter.write(start)
+        self.adapter.train_only(trainable)
+        self.adapter.model.train()
+        module = PersonalizedLM(self.adapter, self.training, moments)
+        device = self.adapter.weights.device
+        with _quiet(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            trainer = _trainer(device, self.training, steps, [*callbacks, *self._ticks])
+            trainer.fit(module, self._batches(steps))
+        if moments is not None:
+            moments.step += trainer.global_step
+        self.adapter.model.eval()
+        self._note(module, trainer)
+        return self.adapter.read()
+
+    def loss_and_grad(self, at: Vector, batch: Mapping[str, Any]) -> tuple[float, Vector]:
+        """Return the mean token loss of one batch at ``at`` and its gradient, ``(d,)``.
+
+        Overwrites the resident adapter.
+        """
+        self.adapter.write(at)
+        self.adapter.zero_grad()
+        loss = nll_sum(self.adapter.model, batch) / batch["window_tokens"]
+        loss.backward()
+        return float(loss.detach()), self.adapter.grads.clone()
+
+    def _batches(self, steps: int) -> Any:
+        return training_batches(
+            self.examples,
+            steps=steps,
+            accumulation=self.training.gradient_accumulation_steps,
+            batch_size=self.training.per_device_train_batch_size,
+            pad_token_id=self.pad_token_id,
+            seed=self.seed,
+        )
+
+    def _note(self, module: PersonalizedLM, trainer: L.Trainer) -> None:
+        losses = torch.stack(module.step_losses).tolist() if module.step_losses else []
+        self.summary["steps_done"] = float(trainer.global_step)
+        if losses:
+            self.summary["loss_first"] = losses[0]
+            self.summary["loss_last"] = losses[-1]
+
+
+class _Ticker(L.Callback):
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.on_step = on_step
+        self._seen = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.on_step()
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801
+    """Silence what Lightning says to people who call it once; we call it for every client."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def _trainer(
+    device: torch.device, training: TrainingOptions, steps: int, callbacks: list[L.Callback]
+) -> L.Trainer:
+    return L.Trainer(
+        strategy=SingleDeviceStrategy(device=device),
+        accelerator="cuda" if device.type == "cuda" else device.type,
+        devices=1,
+        max_epochs=1,
+        max_steps=steps,
+        accumulate_grad_batches=training.gradient_accumulation_steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
