@@ -1,0 +1,29 @@
+"""The methods, by the name a recipe gives them."""
+
+from pfl_lm.methods.base import (
+    Broadcast,
+    ClientInfo,
+    ClientState,
+    LocalRun,
+    Method,
+    ServerState,
+    Setup,
+    Upload,
+)
+from pfl_lm.methods.fedavg import FedAvg
+from pfl_lm.methods.local import Local
+from pfl_lm.methods.pflalign import PFLAlign
+
+METHODS: dict[str, type[Method]] = {"pflalign": PFLAlign, "fedavg": FedAvg, "local": Local}
+
+__all__ = [
+    "METHODS",
+    "Broadcast",
+    "ClientInfo",
+    "ClientState",
+    "LocalRun",
+    "Method",
+    "ServerState",
+    "Setup",
+    "Upload",
+]

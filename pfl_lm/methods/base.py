@@ -1,0 +1,148 @@
+"""What a federated method is: a handful of rules over flat adapter vectors.
+
+    init_server ──► broadcast ──► turn (on the client) ──► Upload ──► aggregate ──► …
+                                    │
+    init_client ──► ClientState ────┘  stays with the client; only an Upload leaves
+
+A vector is fp32 of shape ``(d,)`` by the client's own layout. No method touches a model, a
+file or another client's state; what it may do with a client's data is in :class:`LocalRun`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pfl_lm.layout import AdapterLayout, Factor, Vector
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from pfl_lm.recipe import TrainingOptions
+    from pfl_lm.train import Moments
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every method is told of the run: the server's layout and the recipe's training."""
+
+    layout: AdapterLayout
+    n_clients: int
+    seed: int
+    training: TrainingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ClientInfo:
+    """What a method is told of one client; ``n_examples`` are its training rows."""
+
+    id: str
+    n_examples: int
+    layout: AdapterLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What the server keeps between rounds."""
+
+    vectors: dict[str, Vector]
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientState:
+    """What one client keeps between its turns. It never leaves the client."""
+
+    vectors: dict[str, Vector]
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What one client gets to see of the server, and no more."""
+
+    vectors: dict[str, Vector]
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """All that leaves a client: vectors, its weight in averages, and a few numbers."""
+
+    vectors: dict[str, Vector]
+    weight: float
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+class LocalRun(Protocol):
+    """What a method may do on the client's machine during one turn.
+
+    Attributes:
+        steps: T, the planned optimizer steps of the turn.
+        n_examples: the client's training rows, its weight in averages.
+        summary: plain numbers about the turn, for the ledger; a method may add to it.
+    """
+
+    steps: int
+    n_examples: int
+    summary: dict[str, float]
+
+    def train(
+        self,
+        start: Vector,
+        *,
+        steps: int,
+        callbacks: Sequence[L.Callback] = (),
+        trainable: Factor | None = None,
+        moments: Moments | None = None,
+    ) -> Vector:
+        """Run one fit from ``start``; return where it ends. ``moments`` are updated in place."""
+        ...
+
+    def loss_and_grad(self, at: Vector, batch: Mapping[str, Any]) -> tuple[float, Vector]:
+        """Return the mean token loss of one batch at ``at``, and its gradient."""
+        ...
+
+
+class Method(ABC):
+    """The rules of one method. A subclass fills in what it does; inheritance ends there.
+
+    Args:
+        options: the method's own options of the recipe.
+        setup: layout, number of clients, seed, training options.
+    """
+
+    def __init__(self, options: Any, setup: Setup) -> None:
+        self.options = options
+        self.setup = setup
+
+    def init_server(self, start: Vector) -> ServerState:
+        """Return the server before the first round; ``start`` is the untouched adapter."""
+        return ServerState({"global_weights": start.clone()})
+
+    @abstractmethod
+    def init_client(self, info: ClientInfo, start: Vector) -> ClientState:
+        """Return a client before its first turn."""
+
+    def broadcast(self, server: ServerState, client_id: str) -> Broadcast:
+        """Return what this client gets to see."""
+        return Broadcast({"global_weights": server.vectors["global_weights"]})
+
+    @abstractmethod
+    def turn(
+        self, sent: Broadcast, client: ClientState, run: LocalRun
+    ) -> tuple[Upload, ClientState]:
+        """Train on the client's machine; return what leaves it and what it keeps.
+
+        ``sent`` and ``client`` are left alone.
+        """
+
+    @abstractmethod
+    def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
+        """Return the server after a round; ``uploads`` come in client-id order."""
+
+    @abstractmethod
+    def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
+        """Return the models that could be this client's, by name, the method's own choice first."""
