@@ -1,0 +1,83 @@
+"""Scoring one model on one client's rows: token-weighted negative log-likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pfl_lm.data.batches import evaluation_batches
+from pfl_lm.layout import Vector
+from pfl_lm.train.loss import nll_by_row
+
+if TYPE_CHECKING:
+    from pfl_lm.data.chat import Example
+    from pfl_lm.model.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """One model's losses on a client's rows, in the rows' own order.
+
+    Attributes:
+        nll: summed negative log-likelihood of each row's supervised tokens, nats.
+        tokens: supervised tokens of each row.
+    """
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats a supervised token, over all rows; NaN where there is none."""
+        tokens = sum(self.tokens)
+        return math.fsum(self.nll) / tokens if tokens else math.nan
+
+
+@torch.no_grad()
+def score(
+    adapter: Adapter,
+    vector: Vector,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> RowScores:
+    """Score ``vector`` on a client's rows. Overwrites the resident adapter.
+
+    ``on_rows`` is told how many rows each batch had, for progress.
+    """
+    adapter.write(vector)
+    adapter.model.eval()
+    nll = [0.0] * len(examples)
+    for indices, batch in evaluation_batches(examples, batch_size, pad_token_id):
+        placed = {name: tensor.to(vector.device) for name, tensor in batch.items()}
+        for index, value in zip(indices, nll_by_row(adapter.model, placed).tolist(), strict=True):
+            nll[index] = value
+        if on_rows is not None:
+            on_rows(len(indices))
+    return RowScores(tuple(nll), tuple(example.n_supervised for example in examples))
+
+
+def paired_difference(a: RowScores, b: RowScores) -> tuple[float, float]:
+    """Return (mean, standard error) of a - b in nats a token, over the same rows.
+
+    The mean is a ratio of sums (rows weigh by their tokens), so its error is that of a ratio
+    estimator: residuals d_j - mean · t_j. One row alone says nothing of its error: infinite.
+
+    Raises:
+        ValueError: the two were not scored on the same rows.
+    """
+    if a.tokens != b.tokens:
+        raise ValueError("paired scores need the same rows")
+    n, tokens = len(a.tokens), sum(a.tokens)
+    differences = [x - y for x, y in zip(a.nll, b.nll, strict=True)]
+    mean = math.fsum(differences) / tokens
+    if n < 2:
+        return mean, math.inf
+    residuals = (d - mean * t for d, t in zip(differences, a.tokens, strict=True))
+    return mean, math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / tokens
