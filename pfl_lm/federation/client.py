@@ -1,0 +1,143 @@
+"""What happens on a client's machine: the one place where a method meets a client's data.
+
+A task comes in, its state is read from disk, the method runs, the state is written, and only then
+does an update go out. Nothing of a client outlives its task in memory, save how the untouched
+backbone did on its validation rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from pfl_lm.data.chat import Example
+from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.evaluate import BASE, RowScores, choose, score
+from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.messages import Assignment, Score, Update
+from pfl_lm.federation.store import Store
+from pfl_lm.federation.watch import Watch
+from pfl_lm.layout import Vector
+from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method
+from pfl_lm.model.adapter import Adapter
+from pfl_lm.recipe import TrainingOptions
+from pfl_lm.train import LocalTrainer
+
+
+@dataclass
+class ClientSide:
+    """Everything a task needs, for clients that share one resident backbone."""
+
+    method: Method
+    adapter: Adapter
+    start: Vector
+    dataset: FederatedDataset
+    training: TrainingOptions
+    pad_token_id: int
+    store: Store
+    ledger: Ledger
+    watch: Watch
+    _base: dict[str, RowScores] = field(default_factory=dict)
+
+    def carry_out(self, task: Assignment) -> Update:
+        """Do one task and return what may leave the client."""
+        match task.kind:
+            case "train":
+                return self._train(task)
+            case "evaluate":
+                return self._evaluate(task)
+            case "finish":
+                return self._finish(task)
+
+    def state(self, client: str) -> ClientState:
+        """Return a client's last committed state, or the one it begins with."""
+        file = self.ledger.state_file(client)
+        if file is not None:
+            return self.store.load_client(file)
+        info = ClientInfo(client, self.dataset.n_train(client), self.adapter.layout)
+        return self.method.init_client(info, self.start)
+
+    def candidates(self, client: str, sent: Broadcast) -> dict[str, Vector]:
+        """Return every model that could be this client's, the method's own first, base last."""
+        found = dict(self.method.candidates(sent, self.state(client)))
+        return {**found, BASE: self.adapter.layout.without_effect(self.start)}
+
+    def _train(self, task: Assignment) -> Update:
+        began = time.perf_counter()
+        run = LocalTrainer(
+            self.adapter,
+            self.dataset.train(task.client),
+            self.training,
+            steps=task.steps,
+            pad_token_id=self.pad_token_id,
+            seed=task.seed,
+            on_step=self.watch.step,
+        )
+        upload, state = self.method.turn(task.sent, self.state(task.client), run)
+        file = self.store.save_client(task.client, task.round, state)
+        return Update(
+            run=task.run,
+            round=task.round,
+            client=task.client,
+            upload=upload,
+            state=file,
+            steps_done=int(run.summary.pop("steps_done")),
+            summary=run.summary,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _evaluate(self, task: Assignment) -> Update:
+        began = time.perf_counter()
+        rows = self.dataset.validation(task.client)
+        name, vector = next(iter(self.candidates(task.client, task.sent).items()))
+        if task.round == 0:  # before any training every candidate is the untouched backbone
+            name = BASE
+        scored = self._rows(vector, rows)
+        if name == BASE:
+            self._base[task.client] = scored
+        return Update(
+            run=task.run,
+            round=task.round,
+            client=task.client,
+            scores=(_score("validation", name, scored),),
+            seconds=time.perf_counter() - began,
+        )
+
+    def _finish(self, task: Assignment) -> Update:
+        began = time.perf_counter()
+        candidates = self.candidates(task.client, task.sent)
+        rows = self.dataset.validation(task.client)
+        validation = {
+            name: self._base.get(task.client) if name == BASE else None for name in candidates
+        }
+        scored = {
+            name: known or self._rows(candidates[name], rows) for name, known in validation.items()
+        }
+        choice = choose(scored, default=next(iter(candidates)))
+        scores = [_score("validation", name, found) for name, found in scored.items()]
+        if test := self.dataset.test(task.client):
+            for name, vector in candidates.items():
+                scores.append(_score("test", name, self._rows(vector, test)))
+        return Update(
+            run=task.run,
+            round=task.round,
+            client=task.client,
+            scores=tuple(scores),
+            choice=choice,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _rows(self, vector: Vector, examples: tuple[Example, ...]) -> RowScores:
+        return score(
+            self.adapter,
+            vector,
+            examples,
+            batch_size=self.training.per_device_eval_batch_size,
+            pad_token_id=self.pad_token_id,
+            on_rows=self.watch.rows,
+        )
+
+
+def _score(split: str, candidate: str, rows: RowScores) -> Score:
+    assert split in ("validation", "test")
+    return Score(split, candidate, rows.mean, len(rows.nll), sum(rows.tokens))  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""The only two things that cross a fleet's border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pfl_lm.evaluate import Choice
+from pfl_lm.methods import Broadcast, Upload
+
+Kind = Literal["train", "evaluate", "finish"]
+"""What a client is asked to do.
+
+``train``: one turn of the method. ``evaluate``: score the method's own candidate on validation.
+``finish``: score every candidate on validation, choose, read the test rows, once.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Orchestrator → fleet: one task for one client.
+
+    Attributes:
+        sent: what the method lets this client see of the server.
+        steps: T, the optimizer steps of a ``train`` task.
+        seed: fixes the turn's batches and dropout.
+    """
+
+    run: str
+    round: int
+    client: str
+    kind: Kind
+    sent: Broadcast
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One candidate's score on one split of one client: nats a supervised token."""
+
+    split: Literal["validation", "test"]
+    candidate: str
+    nll: float
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A client's state as written on its machine: path within the run folder, and SHA-256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Fleet → orchestrator: what came of one task.
+
+    Attributes:
+        upload: what the method sends; None for scoring tasks.
+        state: the file the client wrote its state to, before this was sent.
+        scores: of scoring tasks.
+        choice: of a ``finish`` task.
+        summary: plain numbers about a turn, for the ledger.
+        seconds: time the task took on the client's machine.
+    """
+
+    run: str
+    round: int
+    client: str
+    upload: Upload | None = None
+    state: StateFile | None = None
+    scores: tuple[Score, ...] = ()
+    choice: Choice | None = None
+    steps_done: int = 0
+    summary: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
