@@ -1,0 +1,1 @@
+"""What a run has to say, from the ledger's read side."""

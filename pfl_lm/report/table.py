@@ -1,0 +1,113 @@
+"""The table at the end of a run: every client, every candidate, what was chosen, who was helped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pfl_lm.evaluate import BASE
+from pfl_lm.export import ClientResult
+
+
+def split_shown(results: Sequence[ClientResult]) -> str:
+    """Return the split the table is about: test, unless no client has test rows."""
+    return "test" if any("test" in result.scores for result in results) else "validation"
+
+
+def client_table(results: Sequence[ClientResult]) -> Table:
+    """Lay out final scores in nats a supervised token; the last column is against the backbone."""
+    split = split_shown(results)
+    candidates = _candidates(results)
+    table = Table(
+        title=f"{split} loss, nats a supervised token (lower is better)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("client", overflow="fold")
+    for candidate in candidates:
+        table.add_column(candidate, justify="right", no_wrap=True)
+    table.add_column("its model", no_wrap=True)
+    table.add_column("vs base", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    worst = worst_client(results)
+    for result in results:
+        scores = result.scores.get(split, {})
+        shown = [_number(scores.get(candidate)) for candidate in candidates]
+        gain, verdict = _verdict(result, split)
+        name = Text(result.client)
+        if result.client == worst:
+            verdict = f"{verdict} (worst)"
+        table.add_row(name, *shown, result.choice.candidate, gain, verdict)
+    means = [_mean(results, split, candidate) for candidate in candidates]
+    gains = _gains(results, split)
+    mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
+    table.add_section()
+    table.add_row(Text("mean"), *map(_number, means), "", mean_gain, "")
+    return table
+
+
+def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
+    """Return what the table comes to, where everything is, and what to type next."""
+    split = split_shown(results)
+    gains = _gains(results, split)
+    helped = sum(gain < 0 for gain in gains)
+    hurt = sum(gain > 0 for gain in gains)
+    same = len(gains) - helped - hurt
+    lines = [f"{helped} of {len(gains)} clients helped, {hurt} hurt, {same} unchanged"]
+    lines += [f"{folder / 'adapters'}  one PEFT folder per client", f"{folder / 'metrics.csv'}"]
+    example = results[0]
+    load = f'PeftModel.from_pretrained(model, "{folder / "adapters" / example.slug}")'
+    return [*lines, f"next: load {example.client}'s adapter with  {load}"]
+
+
+def worst_client(results: Sequence[ClientResult]) -> str:
+    """Return the client whose own model has the highest loss."""
+    split = split_shown(results)
+
+    def own(result: ClientResult) -> float:
+        return result.scores.get(split, {}).get(result.choice.candidate, -math.inf)
+
+    return max(results, key=own).client
+
+
+def gain_over_base(result: ClientResult, split: str) -> float | None:
+    """Return own model minus backbone, nats a token: below zero is better. None if not scored."""
+    scores = result.scores.get(split, {})
+    if BASE not in scores:
+        return None
+    return scores[result.choice.candidate] - scores[BASE]
+
+
+def _gains(results: Sequence[ClientResult], split: str) -> list[float]:
+    gains = (gain_over_base(result, split) for result in results)
+    return [gain for gain in gains if gain is not None]
+
+
+def _verdict(result: ClientResult, split: str) -> tuple[str, str]:
+    gain = gain_over_base(result, split)
+    if gain is None:
+        return "", "no rows"
+    if result.choice.candidate == BASE:
+        return f"{gain:+.3f}", "not helped"
+    return f"{gain:+.3f}", "helped" if gain < 0 else "hurt" if gain > 0 else "unchanged"
+
+
+def _candidates(results: Sequence[ClientResult]) -> list[str]:
+    order = (BASE, "global", "realigned", "local")
+    found = {name for result in results for name in result.scores.get("validation", {})}
+    return [name for name in order if name in found] + sorted(found.difference(order))
+
+
+def _mean(results: Sequence[ClientResult], split: str, candidate: str) -> float | None:
+    values = [r.scores[split][candidate] for r in results if candidate in r.scores.get(split, {})]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
