@@ -1,0 +1,76 @@
+"""The verbs of ``pfl-lm``. Each imports what it needs when it is called, so that help is quick."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pfl_lm
+from pfl_lm.cli.exits import exits
+
+app = typer.Typer(
+    name="pfl-lm",
+    help="Personalized federated fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # what users write, `[q_proj]` for one, is text and never markup
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="KEY=VALUE, for example federation.rounds=6.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pfl-lm {pfl_lm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _pfl_lm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def finetune(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Fine-tune one adapter per client, as the recipe says.
+
+    OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.finetune import finetune as verb
+
+        verb(recipe, overrides or [])
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check a recipe and the files it names; write nothing.
+
+    OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.validate import validate as verb
+
+        verb(recipe, overrides or [])
+
+
+def main() -> None:
+    """Run the command line; every exit is a `SystemExit`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a client's id may not fit its encoding
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="pfl-lm")

@@ -1,0 +1,58 @@
+"""How the command line ends: 0 well, 1 our fault, 2 the user's input, 130 interrupted."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unicodedata import category
+
+import typer
+
+from pfl_lm.cli.interrupts import Interrupted
+from pfl_lm.errors import PflError
+
+OURS = 1
+INPUT = 2
+INTERRUPTED = 130
+
+
+def plain(text: str) -> str:
+    """Return text with control characters escaped, so that it cannot act on a terminal."""
+    acts = {"Cc", "Cs"}  # control characters and halves of surrogate pairs
+    return "".join(repr(c)[1:-1] if category(c) in acts and c != "\n" else c for c in text)
+
+
+@contextmanager
+def exits(*, debug: bool) -> Iterator[None]:
+    """Turn what a verb raises into a message on stderr and an exit code.
+
+    Args:
+        debug: show the traceback as well.
+
+    Raises:
+        typer.Exit: with 2 for a `PflError`, 130 for an interrupt, 1 for anything unexpected.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except PflError as error:
+        _trace(debug)
+        typer.echo(plain(str(error)), err=True)
+        raise typer.Exit(INPUT) from None
+    except (KeyboardInterrupt, Interrupted):
+        _trace(debug)
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        _trace(debug)
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        again = "" if debug else "; run again with --debug for the traceback"
+        typer.echo(plain(f"this is a bug in pfl-lm ({what}){again}"), err=True)
+        raise typer.Exit(OURS) from None
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        typer.echo(traceback.format_exc(), err=True, nl=False)

@@ -1,0 +1,45 @@
+"""``pfl-lm validate``: check a recipe and its files, say what a run would be, write nothing."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import typer
+
+from pfl_lm.cli.exits import plain
+from pfl_lm.preflight import Checked, check_recipe
+
+MOST_CLIENTS = 20
+"""How many clients are listed; of the rest, only their number."""
+
+
+def validate(recipe: Path, overrides: list[str]) -> None:
+    """Check a recipe and everything it names, and print what a run of it would be.
+
+    Raises:
+        PflError: anything is wrong, with all that is.
+    """
+    checked = check_recipe(recipe, overrides)
+    typer.echo(plain(_report(checked)))
+    command = shlex.join(["pfl-lm", "finetune", str(recipe), *overrides])
+    typer.echo(plain(f"Next: {command}"))
+
+
+def _report(checked: Checked) -> str:
+    recipe = checked.loaded.recipe
+    clients = checked.clients
+    lines = [
+        f"{checked.loaded.path} is valid.",
+        f"  method      {recipe.method.name}, {recipe.federation.rounds} rounds "
+        f"of {recipe.training.max_steps} steps",
+        f"  clients     {len(clients)}, with rows for train / validation / test:",
+    ]
+    width = max(len(client) for client in list(clients)[:MOST_CLIENTS])
+    for client, rows in list(clients.items())[:MOST_CLIENTS]:
+        counts = f"{len(rows.train)} / {len(rows.validation)} / {len(rows.test)}"
+        lines.append(f"    {client:<{width}}  {counts}")
+    if len(clients) > MOST_CLIENTS:
+        lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
+    lines.append(f"  run folder  {checked.loaded.run_folder}")
+    return "\n".join(lines)
