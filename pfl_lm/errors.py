@@ -42,6 +42,10 @@ class RunFolderError(PflError):
     """The run folder cannot be written, or already holds a run."""
 
 
+class DivergedError(PflError):
+    """A client's training has left the finite numbers."""
+
+
 class AggregationError(PflError):
     """Uploads do not fit together: lengths, names or weights."""
 

@@ -105,7 +105,9 @@ class RowReader:
         held_out = sum(self._unread_splits[split] for split in SPLITS if split != "train")
         if not held_out or self._unread_splits.keys() - {*SPLITS}:
             return None
-        return f"{held_out} rows say in 'split' that they are held out, but no split column is named"
+        return (
+            f"{held_out} rows say in 'split' that they are held out, but no split column is named"
+        )
 
     def _name(self, column: str) -> str:
         if column == self._client_column:

@@ -7,11 +7,13 @@ backbone did on its validation rows.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from pfl_lm.data.chat import Example
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Assignment, Score, Update
@@ -92,7 +94,7 @@ class ClientSide:
         name, vector = next(iter(self.candidates(task.client, task.sent).items()))
         if task.round == 0:  # before any training every candidate is the untouched backbone
             name = BASE
-        scored = self._rows(vector, rows)
+        scored = self._rows(task, name, vector, rows)
         if name == BASE:
             self._base[task.client] = scored
         return Update(
@@ -111,13 +113,14 @@ class ClientSide:
             name: self._base.get(task.client) if name == BASE else None for name in candidates
         }
         scored = {
-            name: known or self._rows(candidates[name], rows) for name, known in validation.items()
+            name: known or self._rows(task, name, candidates[name], rows)
+            for name, known in validation.items()
         }
         choice = choose(scored, default=next(iter(candidates)))
         scores = [_score("validation", name, found) for name, found in scored.items()]
         if test := self.dataset.test(task.client):
             for name, vector in candidates.items():
-                scores.append(_score("test", name, self._rows(vector, test)))
+                scores.append(_score("test", name, self._rows(task, name, vector, test)))
         return Update(
             run=task.run,
             round=task.round,
@@ -127,8 +130,10 @@ class ClientSide:
             seconds=time.perf_counter() - began,
         )
 
-    def _rows(self, vector: Vector, examples: tuple[Example, ...]) -> RowScores:
-        return score(
+    def _rows(
+        self, task: Assignment, name: str, vector: Vector, examples: tuple[Example, ...]
+    ) -> RowScores:
+        scored = score(
             self.adapter,
             vector,
             examples,
@@ -136,6 +141,13 @@ class ClientSide:
             pad_token_id=self.pad_token_id,
             on_rows=self.watch.rows,
         )
+        if not math.isfinite(scored.mean):
+            raise DivergedError(
+                f"client {task.client!r}: the loss of its {name} model is {scored.mean} "
+                f"after round {task.round}: training has diverged",
+                hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
+            )
+        return scored
 
 
 def _score(split: str, candidate: str, rows: RowScores) -> Score:

@@ -68,13 +68,16 @@ class Ledger:
         if path.exists():
             raise RunFolderError(f"{path}: this folder already holds a run")
         self.path = path
-        self._connection = sqlite3.connect(path, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.execute("PRAGMA foreign_keys = ON")
-        self._connection.executescript(
-            f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            self._connection.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
@@ -166,13 +169,18 @@ class Ledger:
             for statement, rows in statements:
                 self._connection.executemany(statement, rows)
             self._connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except BaseException as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            raise RunFolderError(
-                f"{self.path}: cannot be written: {error}",
-                hint="make room on this disk; what was committed before is intact",
-            ) from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unwritable(error) from error
+            raise
+
+    def _unwritable(self, error: sqlite3.OperationalError) -> RunFolderError:
+        return RunFolderError(
+            f"{self.path}: cannot be written: {error}",
+            hint="make room on this disk; what was committed before is intact",
+        )
 
 
 def size_in_bytes(vectors: Iterable[Vector]) -> int:

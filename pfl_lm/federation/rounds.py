@@ -1,4 +1,4 @@
-"""The round loop: cohort → assign → run → aggregate → evaluate → commit → report."""
+"""The round loop: cohort → assign → run → aggregate → commit → evaluate → report."""
 
 from __future__ import annotations
 

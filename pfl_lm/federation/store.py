@@ -39,23 +39,21 @@ class Store:
     def save_client(self, client: str, round: int, state: ClientState) -> StateFile:
         """Write a client's private state of one round."""
         path = f"clients/{self.slugs[client]}/state-{round}.safetensors"
-        return self._write(path, state.vectors, {"scalars": state.scalars})
+        return self._write(path, state.vectors, state.scalars)
 
     def load_client(self, file: StateFile) -> ClientState:
         """Read a client's state back, checked against its row."""
-        vectors, about = self._read(file)
-        return ClientState(vectors, about["scalars"])
+        return ClientState(*self._read(file))
 
     def save_server(self, round: int, state: ServerState) -> StateFile:
         """Write the server's state of one round."""
         path = f"server/state-{round}.safetensors"
-        return self._write(path, state.vectors, {"scalars": state.scalars})
+        return self._write(path, state.vectors, state.scalars)
 
     def save_upload(self, client: str, round: int, upload: Upload) -> StateFile:
         """Write what a client sent, until the round is aggregated."""
         path = f"uploads/{round}/{self.slugs[client]}.safetensors"
-        about = {"scalars": {**upload.scalars, "weight": upload.weight}}
-        return self._write(path, upload.vectors, about)
+        return self._write(path, upload.vectors, {**upload.scalars, "weight": upload.weight})
 
     def discard(self, paths: list[str]) -> None:
         """Remove files that a newer commit has replaced, and folders this leaves empty."""
@@ -66,14 +64,14 @@ class Store:
                 path.parent.rmdir()
 
     def _write(
-        self, path: str, vectors: Mapping[str, Vector], about: Mapping[str, dict[str, float]]
+        self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]
     ) -> StateFile:
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
-        metadata = {key: json.dumps(value, sort_keys=True) for key, value in about.items()}
-        content = save(tensors, metadata={"format": "pt", **metadata})
+        # One entry: safetensors writes several in an order that changes from call to call.
+        content = save(tensors, metadata={"scalars": json.dumps(scalars, sort_keys=True)})
         return StateFile(path, write_atomically(self.run_folder / path, content))
 
-    def _read(self, file: StateFile) -> tuple[dict[str, Vector], dict[str, dict[str, float]]]:
+    def _read(self, file: StateFile) -> tuple[dict[str, Vector], dict[str, float]]:
         path = self.run_folder / file.path
         try:
             content = path.read_bytes()
@@ -83,7 +81,7 @@ class Store:
                 )
             vectors = {name: v.to(self.device) for name, v in load(content).items()}
             size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+            scalars = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["scalars"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise RunFolderError(f"{path}: cannot be read: {error}") from error
-        return vectors, {"scalars": json.loads(metadata["scalars"])}
+        return vectors, scalars

@@ -110,7 +110,7 @@ class Adapter:
     def reload(self, folder: Path) -> Vector:
         """Read an exported folder back through PEFT, as a stranger would, and return its vector.
 
-        Leaves the reloaded numbers in the model.
+        Leaves the reloaded numbers in the model, or the model as it was if the folder is refused.
 
         Raises:
             ExportError: PEFT does not find exactly this adapter's tensors in it.
@@ -118,12 +118,17 @@ class Adapter:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         tensors = load_peft_weights(str(folder), device="cpu")
-        expected = {_saved_key(module, factor) for module, factor in self._parameters}
-        result = set_peft_model_state_dict(self._peft, tensors, adapter_name=_NAME)
-        missing = [key for key in result.missing_keys if _place(key) is not None]
-        if tensors.keys() != expected or result.unexpected_keys or missing:
-            wrong = sorted({*(tensors.keys() ^ expected), *result.unexpected_keys, *missing})
-            raise ExportError(f"{folder}: PEFT does not read it back; keys differ: {wrong[:6]}")
+        expected = {_saved_key(*place): each.shape for place, each in self._parameters.items()}
+        found = {key: tensor.shape for key, tensor in tensors.items()}
+        wrong = {key for key, _ in found.items() ^ expected.items()}
+        if not wrong:
+            result = set_peft_model_state_dict(self._peft, tensors, adapter_name=_NAME)
+            missing = [key for key in result.missing_keys if _place(key) is not None]
+            wrong = {*result.unexpected_keys, *missing}
+        if wrong:
+            raise ExportError(
+                f"{folder}: PEFT does not read it back; keys or shapes differ: {sorted(wrong)[:6]}"
+            )
         return self.read()
 
 

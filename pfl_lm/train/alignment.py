@@ -103,8 +103,8 @@ class AlignmentTurn:
 class GradientPreconditioner(L.Callback):
     """pFLAlign's first mechanism: the multiplicative preconditioner on adapter gradients.
 
-    It feeds the turn's moments even with ``enabled=False``, because γ needs them; the gradient or
-    update is then left as it is, bit for bit.
+    It feeds the turn's moments even with ``enabled=False``, because γ needs them; the gradient is
+    then left as it is, bit for bit.
 
     Args:
         turn: the moments of this client's turn.
@@ -149,9 +149,9 @@ class GradientPreconditioner(L.Callback):
         adapter: Any = pl_module.adapter
         if self.turn.observe(adapter.grads) is None:
             adapter.drop_grad()
-        elif self.target == "update":
+        elif self.target == "update" and (self.enabled or self.scale != "none"):
             self._before = adapter.read()
-        else:
+        elif self.target == "gradient":
             self._precondition(adapter.grads, unit=1.0)
 
     @override

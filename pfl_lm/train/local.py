@@ -99,6 +99,7 @@ class LocalTrainer:
         Overwrites the resident adapter.
         """
         self.adapter.write(at)
+        self.adapter.train_only(None)
         self.adapter.zero_grad()
         loss = nll_sum(self.adapter.model, batch) / batch["window_tokens"]
         loss.backward()

@@ -150,9 +150,8 @@ def test_model_folders(
     folder.mkdir()
     for name in files:
         (folder / name).touch()
-    loaded = load(
-        tmp_path, f"backbone.model_name_or_path={folder}", f"runtime.output_dir={tmp_path}"
-    )
+    model, out = f"backbone.model_name_or_path={folder}", f"runtime.output_dir={tmp_path}"
+    loaded = load(tmp_path, model, out, "data.split_column=split")
 
     if said is None:
         preflight(loaded)
