@@ -63,7 +63,7 @@ class Display(Watch):
         self.workload: Workload | None = None
         self.estimate: Estimate | None = None
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
