@@ -91,9 +91,8 @@ def finetune(
             ledger=ledger,
             watch=watch,
         )
-        orchestrator = Orchestrator(
-            recipe, dataset.client_ids, method, SerialFleet(side), store, ledger, watch
-        )
+        steps = {c.id: recipe.training.steps_for(c.n_train) for c in dataset}
+        orchestrator = Orchestrator(recipe, steps, method, SerialFleet(side), store, ledger, watch)
         server = method.init_server(start)
         watch.begin(_workload(recipe, side, server))
         server = orchestrator.run(server)
@@ -143,14 +142,16 @@ def _open(
 def _workload(recipe: Recipe, side: ClientSide, server: ServerState) -> Workload:
     dataset = side.dataset
     rounds, ids = recipe.federation.rounds, dataset.client_ids
-    turns = len(cohort(ids, recipe.federation.fraction_train, seed=0, round=1)) * rounds
+    steps = sum(
+        recipe.training.steps_for(dataset.n_train(client))
+        for round in range(1, rounds + 1)
+        for client in cohort(ids, recipe.federation.fraction_train, seed=recipe.seed, round=round)
+    )
     validation = sum(len(dataset.validation(client)) for client in ids)
     test = sum(len(dataset[client].test_rows) for client in ids)
     candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0])))
     scored = validation * (rounds + candidates - 1) + test * candidates
-    return Workload(
-        rounds=rounds, clients=len(ids), steps=turns * recipe.training.max_steps, rows=scored
-    )
+    return Workload(rounds=rounds, clients=len(ids), steps=steps, rows=scored)
 
 
 def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,10 +23,13 @@ NO_TURNS: Mapping[str, Update] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Orchestrator:
-    """The server's side of a federation: whom it asks, what it averages, what it commits."""
+    """The server's side of a federation: whom it asks, what it averages, what it commits.
+
+    ``steps`` are the optimizer steps of each client's turn; its keys are the clients.
+    """
 
     recipe: Recipe
-    client_ids: Sequence[str]
+    steps: Mapping[str, int]
     method: Method
     fleet: Fleet
     store: Store
@@ -45,7 +48,7 @@ class Orchestrator:
 
         for round in range(1, rounds + 1):
             chosen = cohort(
-                self.client_ids,
+                list(self.steps),
                 self.recipe.federation.fraction_train,
                 seed=self.recipe.seed,
                 round=round,
@@ -74,7 +77,7 @@ class Orchestrator:
     ) -> None:
         began = time.perf_counter()
         own = {}
-        tasks = [self._task(round, server, client, kind) for client in sorted(self.client_ids)]
+        tasks = [self._task(round, server, client, kind) for client in sorted(self.steps)]
         for update in self.fleet.run(tasks):
             self.ledger.commit_scores(round, update.client, update.scores)
             if update.choice is not None:
@@ -89,7 +92,7 @@ class Orchestrator:
             client=client,
             kind=kind,
             sent=self.method.broadcast(server, client),
-            steps=self.recipe.training.max_steps,
+            steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
         )
 

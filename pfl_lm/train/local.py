@@ -41,6 +41,7 @@ class LocalTrainer:
 
     Attributes:
         n_examples: the client's training rows.
+        n_tokens: their supervised tokens.
         summary: plain numbers about the turn, for the ledger; a method may add its own.
     """
 
@@ -62,6 +63,7 @@ class LocalTrainer:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.n_examples = len(examples)
+        self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
         self._ticks = [] if on_step is None else [_Ticker(on_step)]
 
