@@ -24,18 +24,21 @@ from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.fleet.serial import SerialFleet
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_rate
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch, Workload
 from pfl_lm.files import write_atomically
+from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
-from pfl_lm.model.backbone import load_backbone
+from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.seeds import derive_seed
+from pfl_lm.train.rate import RateTooHighError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +78,9 @@ def finetune(
     names = slugs(dataset.client_ids)
     ledger = _open(loaded, folder, names, dataset)
     try:
-        start = adapter.read()
-        method = METHODS[recipe.method.name](
-            recipe.method, Setup(adapter.layout, len(dataset), recipe.seed, recipe.training)
-        )
         store = Store(folder, names, accelerator.device)
-        side = ClientSide(
-            method=method,
-            adapter=adapter,
-            start=start,
-            dataset=dataset,
-            training=recipe.training,
-            pad_token_id=backbone.pad_token_id,
-            store=store,
-            ledger=ledger,
-            watch=watch,
-        )
-        steps = {c.id: recipe.training.steps_for(c.n_train) for c in dataset}
-        orchestrator = Orchestrator(recipe, steps, method, SerialFleet(side), store, ledger, watch)
-        server = method.init_server(start)
-        watch.begin(_workload(recipe, side, server))
-        server = orchestrator.run(server)
+        fixed = _Fixed(backbone, adapter, adapter.read(), dataset, store, ledger, watch)
+        side, server = _run(recipe, fixed)
         results = export_adapters(folder, side, server, backbone)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
@@ -105,6 +90,69 @@ def finetune(
     finally:
         ledger.close()
     return RunResult(folder, results)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What a run has, whatever its learning rate turns out to be."""
+
+    backbone: Backbone
+    adapter: Adapter
+    start: Vector
+    dataset: FederatedDataset
+    store: Store
+    ledger: Ledger
+    watch: Watch
+
+
+def _run(recipe: Recipe, fixed: _Fixed) -> tuple[ClientSide, ServerState]:
+    """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
+    if not recipe.training.rate_is_auto:
+        return _rounds(recipe, fixed)
+    side, _ = _assemble(recipe, fixed)
+    rate = first_rate(recipe, side)
+    for _ in range(MOST_HALVINGS):
+        fixed.ledger.note("learning_rate", repr(rate))
+        fixed.watch.note(f"learning_rate: auto chose {rate:g}")
+        try:
+            return _rounds(with_rate(recipe, rate), fixed, check_first_round=True)
+        except RateTooHighError as error:
+            fixed.watch.note(f"too high: the loss of {error}; starting again with half of it")
+            fixed.store.discard(fixed.ledger.start_over())
+            rate /= 2
+    raise no_rate(rate)
+
+
+def _rounds(
+    recipe: Recipe, fixed: _Fixed, *, check_first_round: bool = False
+) -> tuple[ClientSide, ServerState]:
+    side, orchestrator = _assemble(recipe, fixed, check_first_round=check_first_round)
+    server = side.method.init_server(fixed.start)
+    fixed.watch.begin(_workload(recipe, side, orchestrator.steps, server))
+    return side, orchestrator.run(server)
+
+
+def _assemble(
+    recipe: Recipe, fixed: _Fixed, *, check_first_round: bool = False
+) -> tuple[ClientSide, Orchestrator]:
+    dataset, training = fixed.dataset, recipe.training
+    setup = Setup(fixed.adapter.layout, len(dataset), recipe.seed, training)
+    method = METHODS[recipe.method.name](recipe.method, setup)
+    side = ClientSide(
+        method=method,
+        adapter=fixed.adapter,
+        start=fixed.start,
+        dataset=dataset,
+        training=training,
+        pad_token_id=fixed.backbone.pad_token_id,
+        store=fixed.store,
+        ledger=fixed.ledger,
+        watch=fixed.watch,
+        check_first_round=check_first_round,
+    )
+    steps = {client.id: training.steps_for(client.n_train) for client in dataset}
+    fleet = SerialFleet(side)
+    return side, Orchestrator(recipe, steps, method, fleet, fixed.store, fixed.ledger, fixed.watch)
 
 
 def _accelerator() -> Accelerator:
@@ -139,11 +187,13 @@ def _open(
     return ledger
 
 
-def _workload(recipe: Recipe, side: ClientSide, server: ServerState) -> Workload:
+def _workload(
+    recipe: Recipe, side: ClientSide, steps: Mapping[str, int], server: ServerState
+) -> Workload:
     dataset = side.dataset
     rounds, ids = recipe.federation.rounds, dataset.client_ids
-    steps = sum(
-        recipe.training.steps_for(dataset.n_train(client))
+    n_steps = sum(
+        steps[client]
         for round in range(1, rounds + 1)
         for client in cohort(ids, recipe.federation.fraction_train, seed=recipe.seed, round=round)
     )
@@ -151,7 +201,7 @@ def _workload(recipe: Recipe, side: ClientSide, server: ServerState) -> Workload
     test = sum(len(dataset[client].test_rows) for client in ids)
     candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0])))
     scored = validation * (rounds + candidates - 1) + test * candidates
-    return Workload(rounds=rounds, clients=len(ids), steps=steps, rows=scored)
+    return Workload(rounds=rounds, clients=len(ids), steps=n_steps, rows=scored)
 
 
 def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:

@@ -28,7 +28,11 @@ from pfl_lm.train import LocalTrainer
 
 @dataclass
 class ClientSide:
-    """Everything a task needs, for clients that share one resident backbone."""
+    """Everything a task needs, for clients that share one resident backbone.
+
+    With ``check_first_round`` a client's first turn also says what its batches' loss was before and
+    after it, on the same weights for all of them.
+    """
 
     method: Method
     adapter: Adapter
@@ -39,6 +43,7 @@ class ClientSide:
     store: Store
     ledger: Ledger
     watch: Watch
+    check_first_round: bool = False
     _base: dict[str, RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
@@ -64,18 +69,27 @@ class ClientSide:
         found = dict(self.method.candidates(sent, self.state(client)))
         return {**found, BASE: self.adapter.layout.without_effect(self.start)}
 
-    def _train(self, task: Assignment) -> Update:
-        began = time.perf_counter()
-        run = LocalTrainer(
+    def local_run(self, client: str, steps: int, seed: int) -> LocalTrainer:
+        """Return what a method may do with this client's data in a turn of ``steps`` steps."""
+        return LocalTrainer(
             self.adapter,
-            self.dataset.train(task.client),
+            self.dataset.train(client),
             self.training,
-            steps=task.steps,
+            steps=steps,
             pad_token_id=self.pad_token_id,
-            seed=task.seed,
+            seed=seed,
             on_step=self.watch.step,
         )
-        upload, state = self.method.turn(task.sent, self.state(task.client), run)
+
+    def _train(self, task: Assignment) -> Update:
+        began = time.perf_counter()
+        run = self.local_run(task.client, task.steps, task.seed)
+        before = self.state(task.client)
+        upload, state = self.method.turn(task.sent, before, run)
+        if self.check_first_round and task.round == 1:
+            start, end = before.vectors["weights"], state.vectors["weights"]
+            run.summary["batches_before"] = run.mean_loss(start, task.steps)
+            run.summary["batches_after"] = run.mean_loss(end, task.steps)
         file = self.store.save_client(task.client, task.round, state)
         return Update(
             run=task.run,

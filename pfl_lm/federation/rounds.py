@@ -17,6 +17,7 @@ from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.methods import Method, ServerState, Upload
 from pfl_lm.recipe import Recipe
 from pfl_lm.seeds import derive_seed
+from pfl_lm.train.rate import RateTooHighError
 
 NO_TURNS: Mapping[str, Update] = MappingProxyType({})
 
@@ -70,6 +71,7 @@ class Orchestrator:
             self.ledger.commit_turn(update, file, bytes_down=sent[update.client])
             self.watch.turn(update)
             turns[update.client] = update
+            _refuse_rising_loss(update)
         return turns
 
     def _score(
@@ -95,6 +97,13 @@ class Orchestrator:
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
         )
+
+
+def _refuse_rising_loss(update: Update) -> None:
+    """Raise if a turn that was asked to say so has made its own batches' loss rise."""
+    before, after = (update.summary.get(f"batches_{when}") for when in ("before", "after"))
+    if before is not None and after is not None and not after <= before:
+        raise RateTooHighError(f"{update.client}: {before:.4f} to {after:.4f} over its first round")
 
 
 def upload_of(update: Update) -> Upload:

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.scalars import show
 
-
 Weighting = Annotated[
     Literal["examples", "tokens", "uniform"],
     Field(description="A client's weight in averages: train rows, their supervised tokens, or 1."),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
+    PlainSerializer,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -33,6 +34,9 @@ def _fits(pattern: str, said: str) -> AfterValidator:
 
 def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> object:
     return value if value == "auto" else number(value)
+
+
+_AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
 
 def _whole_as_int(number: float) -> float:
@@ -186,7 +190,7 @@ class FederationOptions(Options):
 class TrainingOptions(Options):
     """What a client does within one round; names as in Hugging Face's TrainingArguments."""
 
-    learning_rate: Annotated[float, Field(gt=0), WrapValidator(_auto_or_number)] = Field(
+    learning_rate: Annotated[float, Field(gt=0), WrapValidator(_auto_or_number), _AS_IT_IS] = Field(
         description="Step size, or `auto` for pflalign on the gradient, which needs one 10 to 40 "
         "times that of plain SGD.",
         examples=[0.002],

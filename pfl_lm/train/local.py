@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
@@ -106,6 +108,27 @@ class LocalTrainer:
         loss = nll_sum(self.adapter.model, batch) / batch["window_tokens"]
         loss.backward()
         return float(loss.detach()), self.adapter.grads.clone()
+
+    def windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Yield the micro-batches of each optimizer step of a fit, placed on the device."""
+        accumulation = self.training.gradient_accumulation_steps
+        batches = iter(self._batches(steps))
+        device = self.adapter.weights.device
+        for _ in range(steps):
+            yield [move_data_to_device(next(batches), device) for _ in range(accumulation)]
+
+    @torch.no_grad()
+    def mean_loss(self, at: Vector, steps: int) -> float:
+        """Return the mean loss of a fit's batches at fixed weights, nats a supervised token.
+
+        Overwrites the resident adapter, trains nothing.
+        """
+        self.adapter.write(at)
+        losses = [
+            float(sum(nll_sum(self.adapter.model, batch) / batch["window_tokens"] for batch in w))
+            for w in self.windows(steps)
+        ]
+        return math.fsum(losses) / len(losses)
 
     def _batches(self, steps: int) -> Any:
         return training_batches(
