@@ -81,7 +81,7 @@ def finetune(
         store = Store(folder, names, accelerator.device)
         fixed = _Fixed(backbone, adapter, adapter.read(), dataset, store, ledger, watch)
         side, server = _run(recipe, fixed)
-        results = export_adapters(folder, side, server, backbone)
+        results = export_adapters(folder, side, server, backbone, ledger)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping
@@ -146,7 +146,6 @@ def _assemble(
         training=training,
         pad_token_id=fixed.backbone.pad_token_id,
         store=fixed.store,
-        ledger=fixed.ledger,
         watch=fixed.watch,
         check_first_round=check_first_round,
     )
@@ -199,7 +198,7 @@ def _workload(
     )
     validation = sum(len(dataset.validation(client)) for client in ids)
     test = sum(len(dataset[client].test_rows) for client in ids)
-    candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0])))
+    candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0]), None))
     scored = validation * (rounds + candidates - 1) + test * candidates
     return Workload(rounds=rounds, clients=len(ids), steps=n_steps, rows=scored)
 

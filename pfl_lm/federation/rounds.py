@@ -94,6 +94,7 @@ class Orchestrator:
             client=client,
             kind=kind,
             sent=self.method.broadcast(server, client),
+            state=self.ledger.state_file(client),
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
         )
