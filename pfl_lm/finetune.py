@@ -22,9 +22,11 @@ from pfl_lm.errors import PflError
 from pfl_lm.export import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
-from pfl_lm.federation.fleet.serial import SerialFleet
+from pfl_lm.federation.fleet.ranks import RankFleet, dismiss, serve
+from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
+from pfl_lm.federation.fleet.start import join_ranks, lone_launch, set_threads
 from pfl_lm.federation.ledger import Ledger
-from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_rate
+from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
@@ -62,26 +64,40 @@ def finetune(
     Raises:
         PflError: the recipe, its data, its backbone or the run folder cannot be used.
     """
-    watch = watch or Watch()
     recipe = loaded.recipe
+    accelerator = join_ranks(recipe.runtime)
+    main = accelerator.is_main_process
+    watch = watch if watch is not None and main else Watch()
     rows_by_client = preflight(loaded) if clients is None else clients
-    accelerator = _accelerator()
-    torch.set_num_threads(recipe.runtime.threads or torch.get_num_threads())
+    set_threads(recipe.runtime, accelerator)
+    if advice := lone_launch():
+        watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
+    with accelerator.main_process_first():  # one rank converts what has to be converted
+        backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
 
-    folder = loaded.run_folder
     names = slugs(dataset.client_ids)
-    ledger = _open(loaded, folder, names, dataset)
+    store = Store(loaded.run_folder, names, accelerator.device)
+    fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
+    if main:
+        return _lead(loaded, fixed, names)
+    serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
+    return RunResult(loaded.run_folder, ())
+
+
+def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResult:
+    """Do what one rank alone does: open the run folder, run the rounds, export, report."""
+    folder = loaded.run_folder
+    ledger = _open(loaded, folder, names, fixed.dataset)
     try:
-        store = Store(folder, names, accelerator.device)
-        fixed = _Fixed(backbone, adapter, adapter.read(), dataset, store, ledger, watch)
-        side, server = _run(recipe, fixed)
-        results = export_adapters(folder, side, server, backbone, ledger)
+        side, server = _run(loaded.recipe, fixed, ledger)
+        if fixed.accelerator.num_processes > 1:
+            dismiss()
+        results = export_adapters(folder, side, server, fixed.backbone, ledger)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping
@@ -94,74 +110,65 @@ def finetune(
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """What a run has, whatever its learning rate turns out to be."""
+    """What a run has on every rank, whatever its learning rate turns out to be."""
 
+    accelerator: Accelerator
     backbone: Backbone
     adapter: Adapter
     start: Vector
     dataset: FederatedDataset
     store: Store
-    ledger: Ledger
     watch: Watch
 
 
-def _run(recipe: Recipe, fixed: _Fixed) -> tuple[ClientSide, ServerState]:
+def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
     """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
     if not recipe.training.rate_is_auto:
-        return _rounds(recipe, fixed)
-    side, _ = _assemble(recipe, fixed)
-    rate = first_rate(recipe, side)
+        return _rounds(recipe, fixed, ledger)
+    rate = first_rate(recipe, _side(recipe, fixed))
     for _ in range(MOST_HALVINGS):
-        fixed.ledger.note("learning_rate", repr(rate))
+        ledger.note("learning_rate", repr(rate))
         fixed.watch.note(f"learning_rate: auto chose {rate:g}")
+        training = recipe.training.model_copy(update={"learning_rate": rate})
         try:
-            return _rounds(with_rate(recipe, rate), fixed, check_first_round=True)
+            with_rate = with_training(recipe, training)
+            return _rounds(with_rate, fixed, ledger, check_first_round=True)
         except RateTooHighError as error:
             fixed.watch.note(f"too high: the loss of {error}; starting again with half of it")
-            fixed.store.discard(fixed.ledger.start_over())
+            fixed.store.discard(ledger.start_over())
             rate /= 2
     raise no_rate(rate)
 
 
 def _rounds(
-    recipe: Recipe, fixed: _Fixed, *, check_first_round: bool = False
+    recipe: Recipe, fixed: _Fixed, ledger: Ledger, *, check_first_round: bool = False
 ) -> tuple[ClientSide, ServerState]:
-    side, orchestrator = _assemble(recipe, fixed, check_first_round=check_first_round)
+    side = _side(recipe, fixed)
+    fleet: Fleet = SerialFleet(side)
+    if fixed.accelerator.num_processes > 1:
+        fleet = RankFleet(side, fixed.accelerator)
+    steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
     server = side.method.init_server(fixed.start)
-    fixed.watch.begin(_workload(recipe, side, orchestrator.steps, server))
+    fixed.watch.begin(_workload(recipe, side, steps, server))
+    orchestrator = Orchestrator(
+        recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
+    )
     return side, orchestrator.run(server)
 
 
-def _assemble(
-    recipe: Recipe, fixed: _Fixed, *, check_first_round: bool = False
-) -> tuple[ClientSide, Orchestrator]:
-    dataset, training = fixed.dataset, recipe.training
-    setup = Setup(fixed.adapter.layout, len(dataset), recipe.seed, training)
-    method = METHODS[recipe.method.name](recipe.method, setup)
-    side = ClientSide(
-        method=method,
+def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
+    """Build what carries out tasks on this rank."""
+    setup = Setup(fixed.adapter.layout, len(fixed.dataset), recipe.seed, recipe.training)
+    return ClientSide(
+        method=METHODS[recipe.method.name](recipe.method, setup),
         adapter=fixed.adapter,
         start=fixed.start,
-        dataset=dataset,
-        training=training,
+        dataset=fixed.dataset,
+        training=recipe.training,
         pad_token_id=fixed.backbone.pad_token_id,
         store=fixed.store,
         watch=fixed.watch,
-        check_first_round=check_first_round,
     )
-    steps = {client.id: training.steps_for(client.n_train) for client in dataset}
-    fleet = SerialFleet(side)
-    return side, Orchestrator(recipe, steps, method, fleet, fixed.store, fixed.ledger, fixed.watch)
-
-
-def _accelerator() -> Accelerator:
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise PflError(
-            f"started as {accelerator.num_processes} processes; this version runs as one",
-            hint="start it with `pfl-lm finetune …`, without torchrun or accelerate launch",
-        )
-    return accelerator
 
 
 def _open(

@@ -27,11 +27,7 @@ from pfl_lm.train import LocalTrainer
 
 @dataclass
 class ClientSide:
-    """Everything a task needs, for clients that share one resident backbone.
-
-    With ``check_first_round`` a client's first turn also says what its batches' loss was before and
-    after it, on the same weights for all of them.
-    """
+    """Everything a task needs, for clients that share one resident backbone."""
 
     method: Method
     adapter: Adapter
@@ -41,7 +37,6 @@ class ClientSide:
     pad_token_id: int
     store: Store
     watch: Watch
-    check_first_round: bool = False
     _base: dict[str, RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
@@ -83,7 +78,7 @@ class ClientSide:
         run = self.local_run(task.client, task.steps, task.seed)
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
-        if self.check_first_round and task.round == 1:
+        if task.check_loss:
             start, end = before.vectors["weights"], state.vectors["weights"]
             run.summary["batches_before"] = run.mean_loss(start, task.steps)
             run.summary["batches_after"] = run.mean_loss(end, task.steps)

@@ -34,6 +34,7 @@ class Assignment:
         state: the file this client's last turn was committed with; None before its first.
         steps: T, the optimizer steps of a ``train`` task.
         seed: fixes the turn's batches and dropout.
+        check_loss: also say what the turn's batches' loss was at its start and at its end.
     """
 
     run: str
@@ -44,6 +45,7 @@ class Assignment:
     state: StateFile | None
     steps: int
     seed: int
+    check_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)

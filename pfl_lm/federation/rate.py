@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pfl_lm.errors import DivergedError
 from pfl_lm.federation.client import ClientSide
-from pfl_lm.recipe import PFLAlignOptions, Recipe
+from pfl_lm.recipe import PFLAlignOptions, Recipe, TrainingOptions
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import PROBED_CLIENTS, median_rate, suggested_rate
 
@@ -37,9 +37,8 @@ def first_rate(recipe: Recipe, side: ClientSide) -> float:
     return rate
 
 
-def with_rate(recipe: Recipe, rate: float) -> Recipe:
-    """Return the recipe with a learning rate in place of ``auto``."""
-    training = recipe.training.model_copy(update={"learning_rate": rate})
+def with_training(recipe: Recipe, training: TrainingOptions) -> Recipe:
+    """Return the recipe with other training options, such as a number in place of ``auto``."""
     return recipe.model_copy(update={"training": training})
 
 

@@ -26,7 +26,8 @@ NO_TURNS: Mapping[str, Update] = MappingProxyType({})
 class Orchestrator:
     """The server's side of a federation: whom it asks, what it averages, what it commits.
 
-    ``steps`` are the optimizer steps of each client's turn; its keys are the clients.
+    ``steps`` are the optimizer steps of each client's turn; its keys are the clients. With
+    ``check_first_round`` a client whose own batches' loss rises over round 1 ends the run.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Orchestrator:
     store: Store
     ledger: Ledger
     watch: Watch
+    check_first_round: bool = False
 
     def run(self, server: ServerState) -> ServerState:
         """Run every round from the server's first state; return its last.
@@ -97,6 +99,7 @@ class Orchestrator:
             state=self.ledger.state_file(client),
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
+            check_loss=self.check_first_round and round == 1 and kind == "train",
         )
 
 

@@ -258,6 +258,11 @@ class RuntimeOptions(Options):
     output_dir: Text = Field(
         default="runs", description="Folder in which the run gets a folder of its own name."
     )
+    parallel: Literal["auto", "clients"] = Field(
+        default="auto",
+        description="clients: insist on spreading each round's clients over several ranks; auto: "
+        "do so if there are several.",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
