@@ -87,9 +87,7 @@ def test_post_goes_on_where_the_client_ended(tmp_path: Path) -> None:
         **{"method.offset_reference": "post", "method.correction": "none"},
         **alone,
     )
-    local = run(
-        tmp_path / "local", **{"method.name": "local", "training.learning_rate": 0.5}
-    )
+    local = run(tmp_path / "local", **{"method.name": "local", "training.learning_rate": 0.5})
     for client in ("alice", "bob", "carol"):
         assert torch.equal(vector(post, "weights", client), vector(local, "weights", client))
 
