@@ -22,20 +22,25 @@ from pfl_lm.errors import PflError
 from pfl_lm.export import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
-from pfl_lm.federation.fleet.serial import SerialFleet
+from pfl_lm.federation.fleet.ranks import RankFleet, dismiss, serve
+from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
+from pfl_lm.federation.fleet.start import join_ranks, lone_launch, set_threads
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch, Workload
 from pfl_lm.files import write_atomically
+from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
-from pfl_lm.model.backbone import load_backbone
+from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.seeds import derive_seed
+from pfl_lm.train.rate import RateTooHighError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +64,40 @@ def finetune(
     Raises:
         PflError: the recipe, its data, its backbone or the run folder cannot be used.
     """
-    watch = watch or Watch()
     recipe = loaded.recipe
+    accelerator = join_ranks(recipe.runtime)
+    main = accelerator.is_main_process
+    watch = watch if watch is not None and main else Watch()
     rows_by_client = preflight(loaded) if clients is None else clients
-    accelerator = _accelerator()
-    torch.set_num_threads(recipe.runtime.threads or torch.get_num_threads())
+    set_threads(recipe.runtime, accelerator)
+    if advice := lone_launch():
+        watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
+    with accelerator.main_process_first():  # one rank converts what has to be converted
+        backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
 
-    folder = loaded.run_folder
     names = slugs(dataset.client_ids)
-    ledger = _open(loaded, folder, names, dataset)
+    store = Store(loaded.run_folder, names, accelerator.device)
+    fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
+    if main:
+        return _lead(loaded, fixed, names)
+    serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
+    return RunResult(loaded.run_folder, ())
+
+
+def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResult:
+    """Do what one rank alone does: open the run folder, run the rounds, export, report."""
+    folder = loaded.run_folder
+    ledger = _open(loaded, folder, names, fixed.dataset)
     try:
-        start = adapter.read()
-        method = METHODS[recipe.method.name](
-            recipe.method, Setup(adapter.layout, len(dataset), recipe.seed, recipe.training)
-        )
-        store = Store(folder, names, accelerator.device)
-        side = ClientSide(
-            method=method,
-            adapter=adapter,
-            start=start,
-            dataset=dataset,
-            training=recipe.training,
-            pad_token_id=backbone.pad_token_id,
-            store=store,
-            ledger=ledger,
-            watch=watch,
-        )
-        orchestrator = Orchestrator(
-            recipe, dataset.client_ids, method, SerialFleet(side), store, ledger, watch
-        )
-        server = method.init_server(start)
-        watch.begin(_workload(recipe, side, server))
-        server = orchestrator.run(server)
-        results = export_adapters(folder, side, server, backbone)
+        side, server = _run(loaded.recipe, fixed, ledger)
+        if fixed.accelerator.num_processes > 1:
+            dismiss()
+        results = export_adapters(folder, side, server, fixed.backbone, ledger)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping
@@ -108,14 +108,67 @@ def finetune(
     return RunResult(folder, results)
 
 
-def _accelerator() -> Accelerator:
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise PflError(
-            f"started as {accelerator.num_processes} processes; this version runs as one",
-            hint="start it with `pfl-lm finetune …`, without torchrun or accelerate launch",
-        )
-    return accelerator
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What a run has on every rank, whatever its learning rate turns out to be."""
+
+    accelerator: Accelerator
+    backbone: Backbone
+    adapter: Adapter
+    start: Vector
+    dataset: FederatedDataset
+    store: Store
+    watch: Watch
+
+
+def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
+    """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
+    if not recipe.training.rate_is_auto:
+        return _rounds(recipe, fixed, ledger)
+    rate = first_rate(recipe, _side(recipe, fixed))
+    for _ in range(MOST_HALVINGS):
+        ledger.note("learning_rate", repr(rate))
+        fixed.watch.note(f"learning_rate: auto chose {rate:g}")
+        training = recipe.training.model_copy(update={"learning_rate": rate})
+        try:
+            with_rate = with_training(recipe, training)
+            return _rounds(with_rate, fixed, ledger, check_first_round=True)
+        except RateTooHighError as error:
+            fixed.watch.note(f"too high: the loss of {error}; starting again with half of it")
+            fixed.store.discard(ledger.start_over())
+            rate /= 2
+    raise no_rate(rate)
+
+
+def _rounds(
+    recipe: Recipe, fixed: _Fixed, ledger: Ledger, *, check_first_round: bool = False
+) -> tuple[ClientSide, ServerState]:
+    side = _side(recipe, fixed)
+    fleet: Fleet = SerialFleet(side)
+    if fixed.accelerator.num_processes > 1:
+        fleet = RankFleet(side, fixed.accelerator)
+    steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
+    server = side.method.init_server(fixed.start)
+    fixed.watch.begin(_workload(recipe, side, steps, server))
+    orchestrator = Orchestrator(
+        recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
+    )
+    return side, orchestrator.run(server)
+
+
+def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
+    """Build what carries out tasks on this rank."""
+    setup = Setup(fixed.adapter.layout, len(fixed.dataset), recipe.seed, recipe.training)
+    return ClientSide(
+        method=METHODS[recipe.method.name](recipe.method, setup),
+        adapter=fixed.adapter,
+        start=fixed.start,
+        dataset=fixed.dataset,
+        training=recipe.training,
+        pad_token_id=fixed.backbone.pad_token_id,
+        store=fixed.store,
+        watch=fixed.watch,
+    )
 
 
 def _open(
@@ -140,17 +193,21 @@ def _open(
     return ledger
 
 
-def _workload(recipe: Recipe, side: ClientSide, server: ServerState) -> Workload:
+def _workload(
+    recipe: Recipe, side: ClientSide, steps: Mapping[str, int], server: ServerState
+) -> Workload:
     dataset = side.dataset
     rounds, ids = recipe.federation.rounds, dataset.client_ids
-    turns = len(cohort(ids, recipe.federation.fraction_train, seed=0, round=1)) * rounds
+    n_steps = sum(
+        steps[client]
+        for round in range(1, rounds + 1)
+        for client in cohort(ids, recipe.federation.fraction_train, seed=recipe.seed, round=round)
+    )
     validation = sum(len(dataset.validation(client)) for client in ids)
     test = sum(len(dataset[client].test_rows) for client in ids)
-    candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0])))
+    candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0]), None))
     scored = validation * (rounds + candidates - 1) + test * candidates
-    return Workload(
-        rounds=rounds, clients=len(ids), steps=turns * recipe.training.max_steps, rows=scored
-    )
+    return Workload(rounds=rounds, clients=len(ids), steps=n_steps, rows=scored)
 
 
 def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:

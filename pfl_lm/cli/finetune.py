@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,8 @@ def finetune(recipe: Path, overrides: list[str]) -> None:
         PflError: the recipe or what it names cannot be used.
         Interrupted: the run was stopped by SIGINT or SIGTERM.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    speaks = os.environ.get("RANK", "0") == "0"
+    console = Console(highlight=False, soft_wrap=True, quiet=not speaks)
     checked = check_recipe(recipe, overrides)  # all that is quick, before the slow imports
     options, folder = checked.loaded.recipe, checked.loaded.run_folder
     console.print(Text(f"{options.name}: {options.method.name}, into {folder}"))
@@ -36,6 +38,8 @@ def finetune(recipe: Path, overrides: list[str]) -> None:
             console.print(Text(f"stopped; {folder} holds the rounds that were finished"))
         raise
 
+    if not speaks:
+        return
     console.print()
     console.print(client_table(result.clients))
     for line in summary_lines(result.clients, result.folder):

@@ -32,7 +32,7 @@ def _report(checked: Checked) -> str:
     lines = [
         f"{checked.loaded.path} is valid.",
         f"  method      {recipe.method.name}, {recipe.federation.rounds} rounds "
-        f"of {recipe.training.max_steps} steps",
+        f"of {recipe.training.length}",
         f"  clients     {len(clients)}, with rows for train / validation / test:",
     ]
     width = max(len(client) for client in list(clients)[:MOST_CLIENTS])

@@ -10,6 +10,7 @@ from pathlib import Path
 from pfl_lm.evaluate import Choice
 from pfl_lm.export.folders import export_adapter
 from pfl_lm.federation.client import ClientSide
+from pfl_lm.federation.ledger import Ledger
 from pfl_lm.files import write_atomically
 from pfl_lm.methods import ServerState
 from pfl_lm.model.backbone import Backbone
@@ -35,7 +36,7 @@ class ClientResult:
 
 
 def export_adapters(
-    folder: Path, side: ClientSide, server: ServerState, backbone: Backbone
+    folder: Path, side: ClientSide, server: ServerState, backbone: Backbone, ledger: Ledger
 ) -> tuple[ClientResult, ...]:
     """Write ``adapters/<slug>/`` for every client, ``global/`` and ``adapters.json``.
 
@@ -46,12 +47,14 @@ def export_adapters(
         ExportError: an adapter does not read back as written.
         RunFolderError: the folder cannot be written.
     """
-    scores = _final_scores(side)
+    scores = _final_scores(ledger)
     results = []
     shared = None
-    for client, choice in side.ledger.choices().items():
+    for client, choice in ledger.choices().items():
         slug = side.store.slugs[client]
-        candidates = side.candidates(client, side.method.broadcast(server, client))
+        candidates = side.candidates(
+            client, side.method.broadcast(server, client), ledger.state_file(client)
+        )
         vector = candidates[choice.candidate]
         sha256 = export_adapter(side.adapter, vector, backbone, folder / "adapters" / slug)
         results.append(ClientResult(client, slug, choice, scores[client], sha256))
@@ -62,9 +65,9 @@ def export_adapters(
     return tuple(results)
 
 
-def _final_scores(side: ClientSide) -> dict[str, dict[str, dict[str, float]]]:
+def _final_scores(ledger: Ledger) -> dict[str, dict[str, dict[str, float]]]:
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for _, client, split, candidate, nll in side.ledger.scores():  # in the order of rounds
+    for _, client, split, candidate, nll in ledger.scores():  # in the order of rounds
         scores.setdefault(client, {}).setdefault(split, {})[candidate] = nll
     return scores
 

@@ -15,8 +15,7 @@ from pfl_lm.data.chat import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
-from pfl_lm.federation.ledger import Ledger
-from pfl_lm.federation.messages import Assignment, Score, Update
+from pfl_lm.federation.messages import Assignment, Score, StateFile, Update
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import Vector
@@ -37,7 +36,6 @@ class ClientSide:
     training: TrainingOptions
     pad_token_id: int
     store: Store
-    ledger: Ledger
     watch: Watch
     _base: dict[str, RowScores] = field(default_factory=dict)
 
@@ -51,31 +49,39 @@ class ClientSide:
             case "finish":
                 return self._finish(task)
 
-    def state(self, client: str) -> ClientState:
-        """Return a client's last committed state, or the one it begins with."""
-        file = self.ledger.state_file(client)
+    def state(self, client: str, file: StateFile | None) -> ClientState:
+        """Return the state a client's last turn was committed with, or the one it begins with."""
         if file is not None:
             return self.store.load_client(file)
         info = ClientInfo(client, self.dataset.n_train(client), self.adapter.layout)
         return self.method.init_client(info, self.start)
 
-    def candidates(self, client: str, sent: Broadcast) -> dict[str, Vector]:
+    def candidates(self, client: str, sent: Broadcast, file: StateFile | None) -> dict[str, Vector]:
         """Return every model that could be this client's, the method's own first, base last."""
-        found = dict(self.method.candidates(sent, self.state(client)))
+        found = dict(self.method.candidates(sent, self.state(client, file)))
         return {**found, BASE: self.adapter.layout.without_effect(self.start)}
+
+    def local_run(self, client: str, steps: int, seed: int) -> LocalTrainer:
+        """Return what a method may do with this client's data in a turn of ``steps`` steps."""
+        return LocalTrainer(
+            self.adapter,
+            self.dataset.train(client),
+            self.training,
+            steps=steps,
+            pad_token_id=self.pad_token_id,
+            seed=seed,
+            on_step=self.watch.step,
+        )
 
     def _train(self, task: Assignment) -> Update:
         began = time.perf_counter()
-        run = LocalTrainer(
-            self.adapter,
-            self.dataset.train(task.client),
-            self.training,
-            steps=task.steps,
-            pad_token_id=self.pad_token_id,
-            seed=task.seed,
-            on_step=self.watch.step,
-        )
-        upload, state = self.method.turn(task.sent, self.state(task.client), run)
+        run = self.local_run(task.client, task.steps, task.seed)
+        before = self.state(task.client, task.state)
+        upload, state = self.method.turn(task.sent, before, run)
+        if task.check_loss:
+            start, end = before.vectors["weights"], state.vectors["weights"]
+            run.summary["batches_before"] = run.mean_loss(start, task.steps)
+            run.summary["batches_after"] = run.mean_loss(end, task.steps)
         file = self.store.save_client(task.client, task.round, state)
         return Update(
             run=task.run,
@@ -91,7 +97,7 @@ class ClientSide:
     def _evaluate(self, task: Assignment) -> Update:
         began = time.perf_counter()
         rows = self.dataset.validation(task.client)
-        name, vector = next(iter(self.candidates(task.client, task.sent).items()))
+        name, vector = next(iter(self.candidates(task.client, task.sent, task.state).items()))
         if task.round == 0:  # before any training every candidate is the untouched backbone
             name = BASE
         scored = self._rows(task, name, vector, rows)
@@ -107,7 +113,7 @@ class ClientSide:
 
     def _finish(self, task: Assignment) -> Update:
         began = time.perf_counter()
-        candidates = self.candidates(task.client, task.sent)
+        candidates = self.candidates(task.client, task.sent, task.state)
         rows = self.dataset.validation(task.client)
         validation = {
             name: self._base.get(task.client) if name == BASE else None for name in candidates

@@ -156,6 +156,18 @@ class Ledger:
             "SELECT round, client, split, candidate, nll FROM scores ORDER BY 1, 2, 3, 4"
         ).fetchall()
 
+    def start_over(self) -> list[str]:
+        """Forget every round, in one commit, and return the files they had written."""
+        columns = ("state_path FROM turns", "upload_path FROM turns", "state_path FROM rounds")
+        query = " UNION ".join(f"SELECT {column}" for column in columns)
+        paths = sorted(path for (path,) in self._connection.execute(query))
+        self._commit(*((f"DELETE FROM {table}", [()]) for table in ("turns", "rounds", "scores")))
+        return paths
+
+    def note(self, key: str, value: str) -> None:
+        """Commit one more fact about the run, or its new value."""
+        self._commit(("INSERT OR REPLACE INTO run VALUES (?, ?)", [(key, value)]))
+
     def choices(self) -> dict[str, Choice]:
         """Return every client's choice, in id order."""
         rows = self._connection.execute(

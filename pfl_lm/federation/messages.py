@@ -18,13 +18,23 @@ Kind = Literal["train", "evaluate", "finish"]
 
 
 @dataclass(frozen=True, slots=True)
+class StateFile:
+    """A client's state as written on its machine: path within the run folder, and SHA-256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """Orchestrator → fleet: one task for one client.
 
     Attributes:
         sent: what the method lets this client see of the server.
+        state: the file this client's last turn was committed with; None before its first.
         steps: T, the optimizer steps of a ``train`` task.
         seed: fixes the turn's batches and dropout.
+        check_loss: also say what the turn's batches' loss was at its start and at its end.
     """
 
     run: str
@@ -32,8 +42,10 @@ class Assignment:
     client: str
     kind: Kind
     sent: Broadcast
+    state: StateFile | None
     steps: int
     seed: int
+    check_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +57,6 @@ class Score:
     nll: float
     rows: int
     tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StateFile:
-    """A client's state as written on its machine: path within the run folder, and SHA-256."""
-
-    path: str
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -17,21 +17,27 @@ from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.methods import Method, ServerState, Upload
 from pfl_lm.recipe import Recipe
 from pfl_lm.seeds import derive_seed
+from pfl_lm.train.rate import RateTooHighError
 
 NO_TURNS: Mapping[str, Update] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Orchestrator:
-    """The server's side of a federation: whom it asks, what it averages, what it commits."""
+    """The server's side of a federation: whom it asks, what it averages, what it commits.
+
+    ``steps`` are the optimizer steps of each client's turn; its keys are the clients. With
+    ``check_first_round`` a client whose own batches' loss rises over round 1 ends the run.
+    """
 
     recipe: Recipe
-    client_ids: Sequence[str]
+    steps: Mapping[str, int]
     method: Method
     fleet: Fleet
     store: Store
     ledger: Ledger
     watch: Watch
+    check_first_round: bool = False
 
     def run(self, server: ServerState) -> ServerState:
         """Run every round from the server's first state; return its last.
@@ -45,7 +51,7 @@ class Orchestrator:
 
         for round in range(1, rounds + 1):
             chosen = cohort(
-                self.client_ids,
+                list(self.steps),
                 self.recipe.federation.fraction_train,
                 seed=self.recipe.seed,
                 round=round,
@@ -67,6 +73,7 @@ class Orchestrator:
             self.ledger.commit_turn(update, file, bytes_down=sent[update.client])
             self.watch.turn(update)
             turns[update.client] = update
+            _refuse_rising_loss(update)
         return turns
 
     def _score(
@@ -74,7 +81,7 @@ class Orchestrator:
     ) -> None:
         began = time.perf_counter()
         own = {}
-        tasks = [self._task(round, server, client, kind) for client in sorted(self.client_ids)]
+        tasks = [self._task(round, server, client, kind) for client in sorted(self.steps)]
         for update in self.fleet.run(tasks):
             self.ledger.commit_scores(round, update.client, update.scores)
             if update.choice is not None:
@@ -89,9 +96,18 @@ class Orchestrator:
             client=client,
             kind=kind,
             sent=self.method.broadcast(server, client),
-            steps=self.recipe.training.max_steps,
+            state=self.ledger.state_file(client),
+            steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
+            check_loss=self.check_first_round and round == 1 and kind == "train",
         )
+
+
+def _refuse_rising_loss(update: Update) -> None:
+    """Raise if a turn that was asked to say so has made its own batches' loss rise."""
+    before, after = (update.summary.get(f"batches_{when}") for when in ("before", "after"))
+    if before is not None and after is not None and not after <= before:
+        raise RateTooHighError(f"{update.client}: {before:.4f} to {after:.4f} over its first round")
 
 
 def upload_of(update: Update) -> Upload:

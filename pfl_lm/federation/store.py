@@ -60,8 +60,10 @@ class Store:
         for name in paths:
             path = self.run_folder / name
             path.unlink(missing_ok=True)
-            if path.parent.is_dir() and not any(path.parent.iterdir()):
-                path.parent.rmdir()
+            folder = path.parent
+            while folder != self.run_folder and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+                folder = folder.parent
 
     def _write(
         self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]

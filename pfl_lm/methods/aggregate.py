@@ -8,11 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from pfl_lm.errors import AggregationError
 from pfl_lm.layout import Vector
+
+if TYPE_CHECKING:
+    from pfl_lm.methods.base import LocalRun
+
+Weighting = Literal["examples", "tokens", "uniform"]
+
+
+def upload_weight(weighting: Weighting, run: LocalRun) -> float:
+    """Return what a client weighs in averages: its train rows, their supervised tokens, or 1."""
+    match weighting:
+        case "examples":
+            return run.n_examples
+        case "tokens":
+            return run.n_tokens
+        case "uniform":
+            return 1
 
 
 def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector:

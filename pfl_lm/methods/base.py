@@ -81,12 +81,14 @@ class LocalRun(Protocol):
 
     Attributes:
         steps: T, the planned optimizer steps of the turn.
-        n_examples: the client's training rows, its weight in averages.
+        n_examples: the client's training rows.
+        n_tokens: their supervised tokens.
         summary: plain numbers about the turn, for the ledger; a method may add to it.
     """
 
     steps: int
     n_examples: int
+    n_tokens: int
     summary: dict[str, float]
 
     def train(

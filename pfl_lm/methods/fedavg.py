@@ -4,7 +4,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 arXiv 1602.05629; with LoRA: Zhang et al., "Towards Building the Federated GPT", arXiv 2305.05644.
 
     client:  w_k ← w_g, then T steps on F_k
-    server:  w_g ← Σ_k n_k w_k / Σ_k n_k
+    server:  w_g ← Σ_k n_k w_k / Σ_k n_k     n_k: ``weighting``, by default training rows
 
 A and B are averaged apart, which is inexact: mean(B) mean(A) is not mean(BA).
 
@@ -15,9 +15,10 @@ adapter after this client's own T steps, the fair match for other methods' local
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import weighted_mean
+from pfl_lm.methods.aggregate import upload_weight, weighted_mean
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -28,9 +29,14 @@ from pfl_lm.methods.base import (
     Upload,
 )
 
+if TYPE_CHECKING:
+    from pfl_lm.recipe import FedAvgOptions
+
 
 class FedAvg(Method):
     """Average the clients' adapters, weighted by their training examples."""
+
+    options: FedAvgOptions
 
     def init_client(self, info: ClientInfo, start: Vector) -> ClientState:
         """Remember the start, which is what an untrained client would be scored with."""
@@ -41,9 +47,8 @@ class FedAvg(Method):
     ) -> tuple[Upload, ClientState]:
         """Train from the global weights and upload where that leads."""
         weights = run.train(sent.vectors["global_weights"], steps=run.steps)
-        return Upload({"weights": weights}, weight=run.n_examples), ClientState(
-            {"weights": weights}
-        )
+        weight = upload_weight(self.options.weighting, run)
+        return Upload({"weights": weights}, weight=weight), ClientState({"weights": weights})
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded."""

@@ -13,6 +13,9 @@ State: v ``second_moment``, P ``preconditioner``, Δ ``offset``, w ``weights`` (
 is). The moments m, v, P, Δ and w are fp32 whatever the backbone's dtype. The upload w tells the
 server Δ_i, since it knows the w_g it sent; v, P and the data stay private.
 
+With ``offset_reference: post`` Δ_i is w - w_g of the w_g that the *next* turn receives: a client
+goes on where it ended, and the w_g it is pulled towards is always the newest.
+
 Candidates: ``realigned`` (w_g + Δ_i, what the next round starts from), ``local`` (w right after
 training), ``global`` (w_g).
 """
@@ -26,7 +29,7 @@ import torch
 
 from pfl_lm.align import AlignmentState, offset_after_round, realigned_start
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import weighted_mean
+from pfl_lm.methods.aggregate import upload_weight, weighted_mean
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -53,14 +56,14 @@ class PFLAlign(Method):
         """Start with Δ, v and P at zero: the first realigned start is w_g itself."""
         names = ("offset", "second_moment", "preconditioner")
         zeros = {name: torch.zeros_like(start) for name in names}
-        return ClientState({"weights": start.clone(), **zeros})
+        return ClientState({"weights": start.clone(), **zeros}, {"turns": 0.0})
 
     def turn(
         self, sent: Broadcast, client: ClientState, run: LocalRun
     ) -> tuple[Upload, ClientState]:
         """Run one round of Algorithm 1 on this client."""
         global_weights = sent.vectors["global_weights"]
-        offset = client.vectors["offset"]
+        offset = self._offset(client, global_weights)
         turn = AlignmentTurn(
             _moments(client),
             offset,
@@ -70,9 +73,7 @@ class PFLAlign(Method):
             correction=self.options.correction,
         )
 
-        start = global_weights
-        if self.options.personalized_start:
-            start = realigned_start(global_weights, offset)
+        start = self._start(client, global_weights, offset)
         weights = run.train(start, steps=run.steps, callbacks=self._callbacks(turn))
         offset = offset_after_round(weights, global_weights)
 
@@ -83,7 +84,8 @@ class PFLAlign(Method):
             "second_moment": turn.state.second_moment,
             "preconditioner": turn.state.preconditioner,
         }
-        return Upload({"weights": weights}, weight=run.n_examples), ClientState(kept)
+        weight = upload_weight(self.options.weighting, run)
+        return Upload({"weights": weights}, weight=weight), ClientState(kept, {"turns": 1.0})
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, as FedAvg does."""
@@ -94,10 +96,25 @@ class PFLAlign(Method):
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
         """Return the realigned start of the next round, the local and the global weights."""
         global_weights = sent.vectors["global_weights"]
+        if self.options.offset_reference == "post":  # it goes on where it ended
+            return {"local": client.vectors["weights"], "global": global_weights}
         others = {"local": client.vectors["weights"], "global": global_weights}
         if not self.options.personalized_start:  # the next round starts from w_g itself
             return {"global": global_weights, **others}
         return {"realigned": realigned_start(global_weights, client.vectors["offset"]), **others}
+
+    def _offset(self, client: ClientState, global_weights: Vector) -> Vector:
+        """Return Δ: kept since the last turn, or formed now from the w_g just received."""
+        if self.options.offset_reference == "post" and client.scalars["turns"]:
+            return offset_after_round(client.vectors["weights"], global_weights)
+        return client.vectors["offset"]
+
+    def _start(self, client: ClientState, global_weights: Vector, offset: Vector) -> Vector:
+        if not self.options.personalized_start:
+            return global_weights
+        if self.options.offset_reference == "post" and client.scalars["turns"]:
+            return client.vectors["weights"]  # w_g + Δ, without its rounding
+        return realigned_start(global_weights, offset)
 
     def _callbacks(self, turn: AlignmentTurn) -> list[L.Callback]:
         preconditioner = GradientPreconditioner(

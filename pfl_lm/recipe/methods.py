@@ -7,6 +7,25 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.scalars import show
+
+Weighting = Annotated[
+    Literal["examples", "tokens", "uniform"],
+    Field(description="A client's weight in averages: train rows, their supervised tokens, or 1."),
+]
+
+_NO_START = {"personalized_start": False, "correction": "none"}
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {"eps": 1e-12},
+    "no_preconditioner": {"preconditioner": False},
+    "no_correction": {"correction": "none"},
+    "half_correction": {"correction": "half"},
+    "full_correction": {"correction": "full"},
+    "hard_correction": {"correction": "hard"},
+    "no_realignment": _NO_START,
+    "sgd": {"preconditioner": False, **_NO_START},
+}
+"""pFLAlign's named settings: as published, and its ablations."""
 
 
 class PFLAlignOptions(Options):
@@ -18,6 +37,22 @@ class PFLAlignOptions(Options):
 
     name: Literal["pflalign"] = Field(
         description="Personalized offsets, aligned with the gradient."
+    )
+    preset: (
+        Literal[
+            "paper",
+            "no_preconditioner",
+            "no_correction",
+            "half_correction",
+            "full_correction",
+            "hard_correction",
+            "no_realignment",
+            "sgd",
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="A named setting of the switches below: as published (paper), or an ablation.",
     )
     beta: float = Field(
         default=0.9,
@@ -55,6 +90,34 @@ class PFLAlignOptions(Options):
         "root mean square 1) or match (to that of the base optimizer's own update).",
     )
 
+    offset_reference: Literal["pre", "post"] = Field(
+        default="pre",
+        description="What Δ is measured from: pre, the w_g its round started from; post, the w_g "
+        "the next turn receives, so that a client starts where it ended.",
+    )
+    weighting: Weighting = "examples"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: object) -> object:
+        """Set what the preset means; a switch that says otherwise is an error, not a mixture."""
+        if not isinstance(data, dict) or not isinstance(data.get("preset"), str):
+            return data
+        meant = PRESETS.get(data["preset"], {})
+        for key, value in meant.items():
+            if key in data and data[key] != value:
+                raise broken(f"`preset: {data['preset']}` sets it to {show(value)}", key)
+        return {**data, **meant}
+
+    @model_validator(mode="after")
+    def _start_fits_offset(self) -> Self:
+        if self.offset_reference == "post" and not self.personalized_start:
+            raise broken(
+                "post starts each client where it ended, which `personalized_start: false` forbids",
+                "offset_reference",
+            )
+        return self
+
     @model_validator(mode="after")
     def _start_fits_correction(self) -> Self:
         if not self.personalized_start and self.correction != "none":
@@ -74,6 +137,7 @@ class FedAvgOptions(Options):
     """
 
     name: Literal["fedavg"] = Field(description="One shared adapter, averaged every round.")
+    weighting: Weighting = "examples"
 
 
 class LocalOptions(Options):

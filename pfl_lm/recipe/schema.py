@@ -60,7 +60,7 @@ class Recipe(Options):
     )
     training: TrainingOptions = Field(
         description="What a client does within one round.",
-        examples=[{"learning_rate": 5.0, "max_steps": 4}],
+        examples=[{"learning_rate": 0.002, "max_steps": 4}],
     )
     method: MethodOptions = Field(
         description="How the clients' adapters are personalized and averaged.",
@@ -90,6 +90,22 @@ class Recipe(Options):
                 "`training.optimizer: sgd`",
                 "training",
                 "optimizer",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _auto_is_for_the_gradient(self) -> Self:
+        if self.training.rate_is_auto and not (
+            isinstance(self.method, PFLAlignOptions)
+            and self.method.precondition_target == "gradient"
+            and self.method.update_scale == "none"
+            and self.method.preconditioner
+        ):
+            raise broken(
+                "auto is for pflalign's preconditioned gradient (`precondition_target: gradient`, "
+                "`update_scale: none`); here give a number, for AdamW for example 0.002",
+                "training",
+                "learning_rate",
             )
         return self
 

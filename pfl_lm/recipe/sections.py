@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from pfl_lm.recipe.options import Options, broken
 
@@ -22,6 +30,13 @@ def _fits(pattern: str, said: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> object:
+    return value if value == "auto" else number(value)
+
+
+_AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
 
 def _whole_as_int(number: float) -> float:
@@ -175,13 +190,21 @@ class FederationOptions(Options):
 class TrainingOptions(Options):
     """What a client does within one round; names as in Hugging Face's TrainingArguments."""
 
-    learning_rate: float = Field(
-        gt=0,
-        description="Step size; the published pflalign needs one 10 to 40 times that of plain SGD.",
-        examples=[5.0],
+    learning_rate: Annotated[float, Field(gt=0), WrapValidator(_auto_or_number), _AS_IT_IS] = Field(
+        description="Step size, or `auto` for pflalign on the gradient, which needs one 10 to 40 "
+        "times that of plain SGD.",
+        examples=[0.002],
     )
-    max_steps: int = Field(
-        ge=1, description="Optimizer steps of one client in one round.", examples=[4]
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps of one client in one round; this or `local_epochs`.",
+        examples=[4],
+    )
+    local_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Passes over a client's train rows in one round, in whole optimizer steps.",
     )
     per_device_train_batch_size: int = Field(
         default=8, ge=1, description="Examples in one micro-batch."
@@ -197,6 +220,32 @@ class TrainingOptions(Options):
         default=8, ge=1, description="Examples in one batch while scoring."
     )
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.local_epochs is None):
+            have = "neither is" if self.max_steps is None else "both are"
+            raise broken(f"needs exactly one of `max_steps` and `local_epochs`; {have} given")
+        return self
+
+    @property
+    def rate_is_auto(self) -> bool:
+        """Whether the learning rate is still to be chosen."""
+        return isinstance(self.learning_rate, str)
+
+    def steps_for(self, n_examples: int) -> int:
+        """Return T, the optimizer steps of a client with this many train rows in one round."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * math.ceil(n_examples / self.rows_in_step)
+
+    @property
+    def length(self) -> str:
+        """How long a turn is, for people."""
+        if self.max_steps is not None:
+            return f"{self.max_steps} steps"
+        return f"{self.local_epochs} local epochs"
+
     @property
     def rows_in_step(self) -> int:
         """Examples that one optimizer step sees."""
@@ -208,6 +257,11 @@ class RuntimeOptions(Options):
 
     output_dir: Text = Field(
         default="runs", description="Folder in which the run gets a folder of its own name."
+    )
+    parallel: Literal["auto", "clients"] = Field(
+        default="auto",
+        description="clients: insist on spreading each round's clients over several ranks; auto: "
+        "do so if there are several.",
     )
     threads: int | None = Field(
         default=None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
@@ -41,6 +43,7 @@ class LocalTrainer:
 
     Attributes:
         n_examples: the client's training rows.
+        n_tokens: their supervised tokens.
         summary: plain numbers about the turn, for the ledger; a method may add its own.
     """
 
@@ -62,6 +65,7 @@ class LocalTrainer:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.n_examples = len(examples)
+        self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
         self._ticks = [] if on_step is None else [_Ticker(on_step)]
 
@@ -104,6 +108,27 @@ class LocalTrainer:
         loss = nll_sum(self.adapter.model, batch) / batch["window_tokens"]
         loss.backward()
         return float(loss.detach()), self.adapter.grads.clone()
+
+    def windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Yield the micro-batches of each optimizer step of a fit, placed on the device."""
+        accumulation = self.training.gradient_accumulation_steps
+        batches = iter(self._batches(steps))
+        device = self.adapter.weights.device
+        for _ in range(steps):
+            yield [move_data_to_device(next(batches), device) for _ in range(accumulation)]
+
+    @torch.no_grad()
+    def mean_loss(self, at: Vector, steps: int) -> float:
+        """Return the mean loss of a fit's batches at fixed weights, nats a supervised token.
+
+        Overwrites the resident adapter, trains nothing.
+        """
+        self.adapter.write(at)
+        losses = [
+            float(sum(nll_sum(self.adapter.model, batch) / batch["window_tokens"] for batch in w))
+            for w in self.windows(steps)
+        ]
+        return math.fsum(losses) / len(losses)
 
     def _batches(self, steps: int) -> Any:
         return training_batches(

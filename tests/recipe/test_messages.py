@@ -35,7 +35,7 @@ KEYS = [
     ("beta: 0.5", ["line 6  beta: unknown key. Did you mean `method.beta`?"]),
     ("adaptor: {}", ["line 6  adaptor: unknown key. Did you mean `adapter`?"]),
     ("lora: {}", ["line 6  lora: unknown key. Did you mean `adapter`?"]),
-    ("epochs: 1", ["line 6  epochs: unknown key. Did you mean `training.max_steps`?"]),
+    ("epochs: 1", ["line 6  epochs: unknown key. Did you mean `training.local_epochs`?"]),
     ("adapter.r: 1", ["line 6  adapter.r: unknown key. Nest it: `r:` on a line of its own"]),
 ]
 VALUES = [
@@ -228,7 +228,6 @@ method: {name: pflalign}
         load(tmp_path, "adapter.r=0", "federation.rounds=x", "adapter.lora_alpha=.nan", text=text)
 
     assert caught.value.message.splitlines()[1:] == [
-        "  line 1  training.max_steps: missing. Add it, for example `max_steps: 4`",
         "  line 2  training.learning_rate: expected a number, got 'fast'",
         "  line 3  training.batch_size: unknown key. "
         "Did you mean `training.per_device_train_batch_size`?",
@@ -240,6 +239,44 @@ method: {name: pflalign}
         "  override federation.rounds=x: expected a whole number, got 'x'",
         "  override adapter.lora_alpha=.nan: must be a finite number greater than 0, got nan",
     ]
+
+
+RULES = [
+    (
+        ["training={learning_rate: 1.0}"],
+        "needs exactly one of `max_steps` and `local_epochs`; neither is given",
+    ),
+    (
+        ["training.local_epochs=2"],
+        "training: needs exactly one of `max_steps` and `local_epochs`; both are given",
+    ),
+    (
+        ["method.name=fedavg", "training.learning_rate=auto"],
+        "auto is for pflalign's preconditioned gradient (`precondition_target: gradient`, "
+        "`update_scale: none`); here give a number, for AdamW for example 0.002",
+    ),
+    (["training.learning_rate=often"], "expected a number, got 'often'"),
+    (
+        ["method.preset=sgd", "method.correction=half"],
+        "`preset: sgd` sets it to 'none'",
+    ),
+    (
+        ["method.preset=sgd", "method.offset_reference=post"],
+        "post starts each client where it ended, which `personalized_start: false` forbids",
+    ),
+    (["method.preset=papper"], "hard_correction, no_realignment, sgd, got 'papper'"),
+    (
+        ["runtime.parallel=both"],
+        "must be one of auto, clients, got 'both'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), RULES)
+def test_rules_of_the_later_switches(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, *overrides)
+    assert said in caught.value.message
 
 
 def test_adamw_is_refused_where_it_undoes_the_method(tmp_path: Path) -> None:

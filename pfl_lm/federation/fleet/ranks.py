@@ -1,0 +1,138 @@
+"""A fleet of ranks: the cohort spread over the processes of one Accelerate job.
+
+    rank 0   orchestrator ─ wave of tasks ─► broadcast ─► its own task ─► gather ─► Updates
+    rank n   serve()      ◄───────────────── broadcast ─► its own task ─► gather
+
+Every rank holds a backbone of its own and does whole turns; nothing is averaged or reduced between
+them. A client's turn is the same on any rank, so the adapters are those of one process with as many
+threads. A client's state is written by the rank that ran it, as its machine would; the ledger, all
+other files and the display are rank 0's.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from pfl_lm.errors import PflError
+from pfl_lm.federation.client import ClientSide
+from pfl_lm.federation.messages import Assignment, Update
+from pfl_lm.layout import Vector
+from pfl_lm.recipe import TrainingOptions
+
+_CPU = torch.device("cpu")  # what travels between ranks travels from memory to memory
+
+
+class RankError(RuntimeError):
+    """A rank failed in a way that is not the user's; the message is its traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wave:
+    """At most one task for each rank, and the training options they are meant for."""
+
+    training: TrainingOptions
+    tasks: tuple[Assignment, ...]
+
+
+class RankFleet:
+    """The orchestrator's side, on rank 0: hands out a wave, does its own part, gathers."""
+
+    def __init__(self, side: ClientSide, accelerator: Accelerator) -> None:
+        self.side = side
+        self.accelerator = accelerator
+
+    def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
+        """Carry the tasks out, one wave after another; updates come in the order of the tasks.
+
+        Raises:
+            PflError: a client's task failed for a reason the user can mend.
+            RankError: a rank failed otherwise.
+        """
+        waiting = list(tasks)
+        n = self.accelerator.num_processes
+        for first in range(0, len(waiting), n):
+            tasks_now = tuple(_task_on(task, _CPU) for task in waiting[first : first + n])
+            wave = _Wave(self.side.training, tasks_now)
+            for rank, update in enumerate(self._together(wave)):
+                if rank:  # the others' work has not been counted here
+                    self._count(update)
+                yield _update_on(update, self.side.start.device)
+
+    def _together(self, wave: _Wave) -> list[Update]:
+        _received(wave)
+        updates = []
+        for outcome in _outcomes(wave, self.side, self.accelerator):
+            if isinstance(outcome, PflError):
+                raise outcome
+            if isinstance(outcome, str):
+                raise RankError(outcome)
+            updates.append(outcome)
+        return updates
+
+    def _count(self, update: Update) -> None:
+        for _ in range(update.steps_done):
+            self.side.watch.step()
+        if rows := sum(score.rows for score in update.scores):
+            self.side.watch.rows(rows)
+
+
+def serve(make_side: Callable[[TrainingOptions], ClientSide], accelerator: Accelerator) -> None:
+    """Work on a rank other than 0 until the orchestrator says that it is done.
+
+    ``make_side`` builds the client side for the training options a wave is meant for.
+    """
+    side: ClientSide | None = None
+    while (wave := _received(None)) is not None:
+        if side is None or side.training != wave.training:
+            side = make_side(wave.training)
+        _outcomes(wave, side, accelerator)
+
+
+def dismiss() -> None:
+    """Tell every other rank that there is nothing more to do."""
+    broadcast_object_list([None], from_process=0)
+
+
+def _received(wave: _Wave | None) -> _Wave | None:
+    box: list[_Wave | None] = [wave]
+    broadcast_object_list(box, from_process=0)
+    return box[0]
+
+
+def _outcomes(
+    wave: _Wave, side: ClientSide, accelerator: Accelerator
+) -> list[Update | PflError | str]:
+    """Do this rank's task, if the wave has one for it; return what came of all of them."""
+    mine: list[Update | PflError | str] = []
+    rank = accelerator.process_index
+    if rank < len(wave.tasks):
+        try:
+            task = _task_on(wave.tasks[rank], side.start.device)
+            mine = [_update_on(side.carry_out(task), _CPU)]
+        except PflError as error:
+            mine = [error]
+        except Exception:
+            mine = [traceback.format_exc()]
+    gathered: list[Update | PflError | str] = gather_object(mine)
+    return gathered
+
+
+def _task_on(task: Assignment, device: torch.device) -> Assignment:
+    return replace(task, sent=replace(task.sent, vectors=_moved(task.sent.vectors, device)))
+
+
+def _update_on(update: Update, device: torch.device) -> Update:
+    if update.upload is None:
+        return update
+    upload = replace(update.upload, vectors=_moved(update.upload.vectors, device))
+    return replace(update, upload=upload)
+
+
+def _moved(vectors: dict[str, Vector], device: torch.device) -> dict[str, Vector]:
+    return {name: vector.to(device) for name, vector in vectors.items()}

@@ -1,0 +1,57 @@
+"""How this run was started: how many processes, on which device, with how many threads."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from pfl_lm.errors import PflError
+
+if TYPE_CHECKING:
+    from pfl_lm.recipe import RuntimeOptions
+
+_TWO_RANKS = (
+    "torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
+    "(on CPUs with ACCELERATE_USE_CPU=true before it)"
+)
+
+
+def join_ranks(runtime: RuntimeOptions) -> Accelerator:
+    """Join the job this process is part of, be it alone; Accelerate names rank and device.
+
+    Raises:
+        PflError: ranks were asked for, and there is one process.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes == 1 and runtime.parallel == "clients":
+        raise PflError(
+            f"runtime.parallel: clients needs several processes, and this is the only one"
+            f"{_launched()}",
+            hint=f"start it with  {_TWO_RANKS}",
+        )
+    return accelerator
+
+
+def lone_launch() -> str | None:
+    """Return what to tell someone whose launcher has silently started one process, or None."""
+    if _launched() and os.environ.get("WORLD_SIZE", "1") == "1":
+        return f"accelerate launch has started one process; for two ranks type  {_TWO_RANKS}"
+    return None
+
+
+def set_threads(runtime: RuntimeOptions, accelerator: Accelerator) -> None:
+    """Set PyTorch's CPU threads: as asked; else all cores if alone, one beside other ranks."""
+    alone = accelerator.num_processes == 1
+    torch.set_num_threads(runtime.threads or (torch.get_num_threads() if alone else 1))
+
+
+def _launched() -> str:
+    """Return a remark if `accelerate launch` is above us; with --cpu it starts one process."""
+    return (
+        " (accelerate launch --cpu starts one)"
+        if "ACCELERATE_MIXED_PRECISION" in os.environ
+        else ""
+    )
