@@ -27,5 +27,6 @@ def test_the_quickstart_is_what_the_docs_say() -> None:
     assert recipe.backbone.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert recipe.adapter.layers_to_transform == list(range(20, 30))
     assert (recipe.federation.rounds, recipe.training.max_steps) == (3, 4)
-    assert (recipe.training.optimizer, recipe.training.learning_rate) == ("sgd", 5.0)
+    assert (recipe.training.optimizer, recipe.training.learning_rate) == ("adamw", 0.004)
     assert isinstance(recipe.method, PFLAlignOptions)
+    assert (recipe.method.precondition_target, recipe.method.update_scale) == ("update", "match")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.world import World, make_world
 
 from pfl_lm.errors import DivergedError
 from pfl_lm.federation import rate as federation_rate
@@ -19,6 +18,7 @@ from pfl_lm.recipe import load_recipe
 from pfl_lm.train import rate as train_rate
 from pfl_lm.train.rate import TAU, median_rate, suggested_rate
 from tests.tiny import tiny_recipe
+from tests.world import World, make_world
 
 
 class Notes(Watch):
