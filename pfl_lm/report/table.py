@@ -35,15 +35,11 @@ def client_table(results: Sequence[ClientResult]) -> Table:
     table.add_column("its model", no_wrap=True)
     table.add_column("vs base", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    worst = worst_client(results)
     for result in results:
         scores = result.scores.get(split, {})
         shown = [_number(scores.get(candidate)) for candidate in candidates]
         gain, verdict = _verdict(result, split)
-        name = Text(result.client)
-        if result.client == worst:
-            verdict = f"{verdict} (worst)"
-        table.add_row(name, *shown, result.choice.candidate, gain, verdict)
+        table.add_row(Text(result.client), *shown, result.choice.candidate, gain, verdict)
     means = [_mean(results, split, candidate) for candidate in candidates]
     gains = _gains(results, split)
     mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
@@ -59,21 +55,26 @@ def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
     helped = sum(gain < 0 for gain in gains)
     hurt = sum(gain > 0 for gain in gains)
     same = len(gains) - helped - hurt
-    lines = [f"{helped} of {len(gains)} clients helped, {hurt} hurt, {same} unchanged"]
+    worst = worst_client(results)
+    loss = worst.scores.get(split, {}).get(worst.choice.candidate, math.nan)
+    lines = [
+        f"{helped} of {len(gains)} clients helped, {hurt} hurt, {same} unchanged; "
+        f"worst off: {worst.client}, {loss:.3f}"
+    ]
     lines += [f"{folder / 'adapters'}  one PEFT folder per client", f"{folder / 'metrics.csv'}"]
     example = results[0]
     load = f'PeftModel.from_pretrained(model, "{folder / "adapters" / example.slug}")'
     return [*lines, f"next: load {example.client}'s adapter with  {load}"]
 
 
-def worst_client(results: Sequence[ClientResult]) -> str:
-    """Return the client whose own model has the highest loss."""
+def worst_client(results: Sequence[ClientResult]) -> ClientResult:
+    """Return the result of the client whose own model has the highest loss."""
     split = split_shown(results)
 
     def own(result: ClientResult) -> float:
         return result.scores.get(split, {}).get(result.choice.candidate, -math.inf)
 
-    return max(results, key=own).client
+    return max(results, key=own)
 
 
 def gain_over_base(result: ClientResult, split: str) -> float | None:

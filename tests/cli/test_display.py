@@ -15,7 +15,7 @@ from pfl_lm.evaluate import Choice
 from pfl_lm.export import ClientResult
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Workload
-from pfl_lm.report.table import client_table, summary_lines
+from pfl_lm.report.table import client_table, summary_lines, worst_client
 
 ESCAPE = "\x1b"
 MARKUP = ("[red]x", "[/red]", "[link=https://a.b]c", ":smile:", "{task.id}", "[bold")
@@ -189,7 +189,6 @@ def test_the_table_says_who_was_helped_and_who_was_not() -> None:
         "anna 3.000 2.800 2.750 2.900 realigned -0.250 helped",
         "ben 2.000 2.500 1.500 2.125 local +0.125 hurt",
         "cleo 4.000 5.000 4.500 4.250 base +0.000 not helped",
-        "(worst)",
         "dora realigned no rows",
         "mean 3.000 3.433 2.917 3.092 -0.042",
     ]
@@ -197,7 +196,7 @@ def test_the_table_says_who_was_helped_and_who_was_not() -> None:
 
 def test_the_last_lines_count_and_say_what_to_do_next() -> None:
     assert summary_lines(FOUR, Path("/runs/tiny")) == [
-        "1 of 3 clients helped, 1 hurt, 1 unchanged",
+        "1 of 3 clients helped, 1 hurt, 1 unchanged; worst off: cleo, 4.000",
         "/runs/tiny/adapters  one PEFT folder per client",
         "/runs/tiny/metrics.csv",
         "next: load anna's adapter with  "
@@ -209,7 +208,7 @@ def test_without_any_test_rows_the_table_is_about_validation() -> None:
     assert lines_of([client("anna", "local", test=False, base=2.0, local=2.0)]) == [
         "validation loss, nats a supervised token (lower is better)",
         "client base local its model vs base",
-        "anna 9.000 9.000 local +0.000 unchanged (worst)",
+        "anna 9.000 9.000 local +0.000 unchanged",
         "mean 9.000 9.000 +0.000",
     ]
 
@@ -218,7 +217,7 @@ def test_without_any_test_rows_the_table_is_about_validation() -> None:
 def test_names_in_the_table_are_text_and_never_markup(name: str) -> None:
     results = [client(name, "local", base=2.0, local=1.5)]
     rows = lines_of(results, width=120)
-    assert rows[2] == f"{name} 2.000 1.500 local -0.500 helped (worst)"
+    assert rows[2] == f"{name} 2.000 1.500 local -0.500 helped"
     assert name in summary_lines(results, Path("/r"))[-1]
 
 
@@ -238,5 +237,5 @@ def test_the_worst_client_is_the_one_with_the_highest_loss_of_its_own_model() ->
         client("ben", "local", base=2.0, local=1.5),
         client("cleo", "local", base=2.0, local=math.nextafter(1.5, 0)),
     ]
-    marked = [line.split()[0] for line in lines_of(results) if line.endswith("(worst)")]
-    assert marked == ["ben"]
+    assert worst_client(results).client == "ben"
+    assert "worst off: ben, 1.500" in summary_lines(results, Path("/r"))[0]
