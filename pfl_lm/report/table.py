@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -19,16 +20,12 @@ def split_shown(results: Sequence[ClientResult]) -> str:
     return "test" if any("test" in result.scores for result in results) else "validation"
 
 
-def client_table(results: Sequence[ClientResult]) -> Table:
+def client_table(results: Sequence[ClientResult]) -> Group:
     """Lay out final scores in nats a supervised token; the last column is against the backbone."""
     split = split_shown(results)
     candidates = _candidates(results)
-    table = Table(
-        title=f"{split} loss, nats a supervised token (lower is better)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    title = f"{split} loss, nats a supervised token (lower is better)"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("client", overflow="fold")
     for candidate in candidates:
         table.add_column(candidate, justify="right", no_wrap=True)
@@ -45,7 +42,7 @@ def client_table(results: Sequence[ClientResult]) -> Table:
     mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
     table.add_section()
     table.add_row(Text("mean"), *map(_number, means), "", mean_gain, "")
-    return table
+    return Group(Text(title), table)  # a table's own title would wrap at the table's width
 
 
 def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
