@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pfl_lm.data.chat import Example, render
+from pfl_lm.data.chat import render
+from pfl_lm.data.examples import Example
 from pfl_lm.layout import Vector
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pfl_lm.data.chat import Example
+from pfl_lm.data.examples import Example
 
 IGNORED = -100
 """The label of a token that does not count in the loss, as Hugging Face and PyTorch have it."""
@@ -31,10 +31,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     for row, example in enumerate(examples):
         ids = torch.tensor(example.input_ids, dtype=torch.int64)
-        supervised = slice(example.first, example.last)
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
-        labels[row, supervised] = ids[supervised]
+        for first, last in example.spans:
+            labels[row, first:last] = ids[first:last]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -9,12 +9,12 @@ padding token may be the end-of-turn token, and an answer may quote either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from pfl_lm.data.examples import Example
 from pfl_lm.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -24,25 +24,6 @@ _TEMPLATE_HINT = (
     "training needs a template that writes a conversation from front to back and leaves the answer "
     "as it is; put one that does into the backbone's folder (chat_template.jinja)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation in tokens, of which ``first <= i < last`` are supervised."""
-
-    input_ids: tuple[int, ...]
-    first: int
-    last: int
-
-    @property
-    def n_supervised(self) -> int:
-        """The number of tokens that count in the loss."""
-        return self.last - self.first
-
-    def cut(self, max_length: int) -> Example:
-        """Keep the first ``max_length`` tokens, which may leave none supervised."""
-        n = min(max_length, len(self.input_ids))
-        return Example(self.input_ids[:n], min(self.first, n), min(self.last, n))
 
 
 def render(
@@ -68,7 +49,7 @@ def render(
     starts = _starts(text, encoded["offset_mapping"])
     first = max(1, _index(starts, begin))
     last = max(first, _end_of_turn(tokenizer, text, end, ids, starts))
-    example = Example(tuple(ids), min(first, len(ids)), min(last, len(ids)))
+    example = Example(tuple(ids), ((first, last),) if first < last else ())
     return example if max_length is None else example.cut(max_length)
 
 

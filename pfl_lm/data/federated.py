@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pfl_lm.data.chat import Example, check_tokenizer, render
+from pfl_lm.data.chat import check_tokenizer, render
+from pfl_lm.data.examples import Example
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.sources import Record
 from pfl_lm.data.splits import ClientRows

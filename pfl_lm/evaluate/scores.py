@@ -14,7 +14,7 @@ from pfl_lm.layout import Vector
 from pfl_lm.train.loss import nll_by_row
 
 if TYPE_CHECKING:
-    from pfl_lm.data.chat import Example
+    from pfl_lm.data.examples import Example
     from pfl_lm.model.adapter import Adapter
 
 

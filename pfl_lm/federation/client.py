@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from pfl_lm.data.chat import Example
+from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score

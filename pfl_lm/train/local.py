@@ -20,7 +20,7 @@ from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
 
 if TYPE_CHECKING:
-    from pfl_lm.data.chat import Example
+    from pfl_lm.data.examples import Example
     from pfl_lm.model.adapter import Adapter
     from pfl_lm.recipe import TrainingOptions
 

@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfl_lm.data.batches import collate, evaluation_batches, training_batches
-from pfl_lm.data.chat import Example
+from pfl_lm.data.examples import Example
 
 PAD = 9
 
 
 def example(length, first, last, start=0):
-    return Example(tuple(range(start, start + length)), first, last)
+    return Example(tuple(range(start, start + length)), ((first, last),) if first < last else ())
 
 
 def marked(n):
     """Examples told apart by their first token, of unequal lengths and supervised counts."""
-    return [Example((100 + i, *range(i % 5 + 3)), 1, 2 + i % 3) for i in range(n)]
+    return [Example((100 + i, *range(i % 5 + 3)), ((1, 2 + i % 3),)) for i in range(n)]
 
 
 def loader(examples, *, steps=3, accumulation=2, batch_size=2, seed=5):
@@ -37,7 +37,7 @@ def rows_seen(batches):
 
 def test_collate_pads_on_the_right_and_marks_by_position():
     # Token 9 is padding and a supervised token too, as where pad and end of turn are the same.
-    batch = collate([Example((1, 2, 9), 1, 3), Example((9, 5, 6, 7, 9), 2, 4)], PAD)
+    batch = collate([Example((1, 2, 9), ((1, 3),)), Example((9, 5, 6, 7, 9), ((2, 4),))], PAD)
 
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 9, 9, 9], [9, 5, 6, 7, 9]],
@@ -45,6 +45,11 @@ def test_collate_pads_on_the_right_and_marks_by_position():
         "labels": [[-100, 2, 9, -100, -100], [-100, -100, 6, 7, -100]],
     }
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_every_span_is_marked():
+    batch = collate([Example((1, 2, 3, 4, 5, 6), ((1, 3), (5, 6))), Example((7,), ())], PAD)
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100, 6], [-100] * 6]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9)), min_size=1))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfl_lm.data.chat import Example, check_tokenizer, render
+from pfl_lm.data.chat import check_tokenizer, render
 from pfl_lm.errors import DataError, ModelError
 from tests.tiny import END, USER, make_tokenizer
 
@@ -65,9 +65,18 @@ def template_ids(tokenizer, prompt, completion):
     return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
 
 
+def spoken(tokenizer, example):
+    """What the model learns to say."""
+    return "".join(tokenizer.decode(example.input_ids[i:j]) for i, j in example.spans)
+
+
+def before(tokenizer, example):
+    """What is read before the model first speaks."""
+    return tokenizer.decode(example.input_ids[: example.spans[0][0]])
+
+
 def supervised(tokenizer, prompt, completion, max_length=None):
-    example = render(tokenizer, prompt, completion, max_length)
-    return tokenizer.decode(example.input_ids[example.first : example.last])
+    return spoken(tokenizer, render(tokenizer, prompt, completion, max_length))
 
 
 GOLDENS = [
@@ -109,7 +118,7 @@ def test_the_tokens_are_the_templates_own_and_the_answer_is_what_is_supervised(
     tokenizer = TOKENIZERS[name]
     example = render(tokenizer, prompt, completion)
     assert list(example.input_ids) == template_ids(tokenizer, prompt, completion)
-    said = tokenizer.decode(example.input_ids[example.first : example.last])
+    said = spoken(tokenizer, example)
     if name.startswith("chatml"):
         # Only what the tokenizer merges with the prompt's last newline may be missing.
         assert (completion + END).endswith(said)
@@ -140,23 +149,25 @@ def test_the_end_of_turn_is_supervised_though_it_is_the_padding_token():
     tokenizer = TOKENIZERS["chatml"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     example = render(tokenizer, "Hi", "Hello")
-    assert example.input_ids[example.last - 1] == tokenizer.pad_token_id
-    assert tokenizer.decode(example.input_ids[example.last :]) == "\n"
+    [(_, last)] = example.spans
+    assert example.input_ids[last - 1] == tokenizer.pad_token_id
+    assert tokenizer.decode(example.input_ids[last:]) == "\n"
 
 
 def test_a_token_that_belongs_partly_to_the_prompt_is_not_supervised():
     tokenizer = TOKENIZERS["chatml"]
     example = render(tokenizer, "Hi", "\n\nthere")
-    assert tokenizer.decode([example.input_ids[example.first - 1]]) == "\n\n"
-    assert tokenizer.decode(example.input_ids[example.first : example.last]) == f"\nthere{END}"
+    [(first, _)] = example.spans
+    assert tokenizer.decode([example.input_ids[first - 1]]) == "\n\n"
+    assert spoken(tokenizer, example) == f"\nthere{END}"
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_a_space_before_the_answer_belongs_to_the_token_that_holds_it(trim_offsets):
     tokenizer = make_tokenizer(PLAIN, trim_offsets=trim_offsets)
     example = render(tokenizer, "Hi", "the end")  # "assistant: " + "the end": one token for " the"
-    assert tokenizer.decode(example.input_ids[: example.first]).endswith("assistant: the")
-    assert tokenizer.decode(example.input_ids[example.first : example.last]) == " end"
+    assert before(tokenizer, example).endswith("assistant: the")
+    assert spoken(tokenizer, example) == " end"
 
 
 def test_white_space_that_is_a_token_of_its_own():
@@ -166,33 +177,28 @@ def test_white_space_that_is_a_token_of_its_own():
         tokenizer = make_tokenizer(template, trim_offsets=trim_offsets)
         tokenizer.add_tokens(["\n\n"])
         example = render(tokenizer, "Hi", "yes")
-        assert tokenizer.decode(example.input_ids[: example.first]).endswith("assistant:\n\n")
-        assert tokenizer.decode(example.input_ids[example.first : example.last]) == "yes"
+        assert before(tokenizer, example).endswith("assistant:\n\n")
+        assert spoken(tokenizer, example) == "yes"
 
 
 def test_nothing_predicts_the_first_token():
     template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}"
     tokenizer = make_tokenizer(template + "<|im_end|>{% endif %}{% endfor %}")
     example = render(tokenizer, "Hi", "xyz")
-    assert (example.first, example.last, len(example.input_ids)) == (1, 4, 4)
+    assert (example.spans, len(example.input_ids)) == (((1, 4),), 4)
 
 
 def test_truncation_keeps_the_front():
     tokenizer = TOKENIZERS["chatml"]
     whole = render(tokenizer, "Hi", "Hello")
-    assert whole.last == len(whole.input_ids) - 1
+    [(first, last)] = whole.spans
+    assert last == len(whole.input_ids) - 1
     for max_length in range(1, len(whole.input_ids) + 3):
         example = render(tokenizer, "Hi", "Hello", max_length)
         assert example == whole.cut(max_length)
         assert example.input_ids == whole.input_ids[:max_length]
-        assert example.n_supervised == max(0, min(max_length, whole.last) - whole.first)
-        assert example.last <= len(example.input_ids)
-        assert 0 < example.first <= example.last
-
-
-def test_an_example_counts_its_supervised_tokens():
-    assert Example((5, 6, 7, 8), 1, 3).n_supervised == 2
-    assert Example((5, 6, 7, 8), 2, 4).cut(1) == Example((5,), 1, 1)
+        assert example.n_supervised == max(0, min(max_length, last) - first)
+        assert all(0 < i < j <= len(example.input_ids) for i, j in example.spans)
 
 
 def test_an_extended_vocabulary_is_seen():
@@ -289,7 +295,6 @@ def test_with_the_tokenizer_of_smollm2():
         example = render(tokenizer, "What is the capital of France?", completion)
         ids = template_ids(tokenizer, "What is the capital of France?", completion)
         assert list(example.input_ids) == ids
-        said = tokenizer.decode(ids[example.first : example.last])
-        assert said == completion + END
-        assert tokenizer.decode(ids[example.last :]) == "\n"
-        assert tokenizer.decode(ids[: example.first]).endswith(f"{END}\n{USER}assistant\n")
+        assert spoken(tokenizer, example) == completion + END
+        assert tokenizer.decode(ids[example.spans[-1][1] :]) == "\n"
+        assert before(tokenizer, example).endswith(f"{END}\n{USER}assistant\n")

@@ -21,12 +21,14 @@ def length(tokenizer, completion):
 
 
 def prefix_length(tokenizer):
-    return render(tokenizer, "Hi", "x").first
+    return render(tokenizer, "Hi", "x").spans[0][0]
 
 
 @pytest.fixture
 def decoded(tiny_tokenizer):
-    return lambda examples: [tiny_tokenizer.decode(e.input_ids[e.first : e.last]) for e in examples]
+    return lambda examples: [
+        tiny_tokenizer.decode(e.input_ids[first:last]) for e in examples for first, last in e.spans
+    ]
 
 
 def test_from_a_file_to_examples(clients_jsonl: Path, tiny_tokenizer, decoded):

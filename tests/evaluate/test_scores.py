@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfl_lm.data.chat import Example
+from pfl_lm.data.examples import Example
 from pfl_lm.evaluate import RowScores, paired_difference, score
 from tests.world import World, make_world
 
@@ -24,7 +24,7 @@ def by_hand(world: World, example: Example) -> float:
     ids = torch.tensor([example.input_ids])
     with torch.no_grad():
         predicted = world.backbone.model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
-    positions = range(example.first, example.last)
+    positions = [i for first, last in example.spans for i in range(first, last)]
     return -math.fsum(float(predicted[i - 1, example.input_ids[i]]) for i in positions)
 
 

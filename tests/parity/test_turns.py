@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pfl_lm.data.batches import training_batches
-from pfl_lm.data.chat import Example, render
+from pfl_lm.data.chat import render
+from pfl_lm.data.examples import Example
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import split_clients
 from pfl_lm.finetune import finetune
