@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from pfl_lm.data.chat import render
+from pfl_lm.data.content import PromptCompletion
 from pfl_lm.data.examples import Example
+from pfl_lm.data.render import render
 from pfl_lm.layout import Vector
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
@@ -29,10 +30,11 @@ class World:
         """Return a client's rows in tokens, of unequal lengths."""
         rows = client_rows((client,), n_rows=n_rows)
         endings = ("", " Then it ends.", " And so on, and on, and on, until it ends.")
-        return tuple(
-            render(self.backbone.tokenizer, row["prompt"], row["completion"] + endings[i % 3])
+        contents = [
+            PromptCompletion(row["prompt"], row["completion"] + endings[i % 3])
             for i, row in enumerate(rows)
-        )
+        ]
+        return tuple(render(self.backbone.tokenizer, content) for content in contents)
 
     def vector(self, seed: int = 1, scale: float = 0.05) -> Vector:
         """Return the start plus noise, so that A and B both have an effect and gradients."""

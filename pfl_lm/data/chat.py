@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from pfl_lm.data.content import PromptCompletion, Turn
+from pfl_lm.data.content import Turn
 from pfl_lm.data.examples import Example
 from pfl_lm.errors import DataError, ModelError
 
@@ -37,21 +37,6 @@ class _Answer:
     begin: int
     end: int
     turn_end: int
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    completion: str,
-    max_length: int | None = None,
-) -> Example:
-    """Render one question and its answer, cut to ``max_length`` tokens if given.
-
-    Raises:
-        ModelError, DataError: as `render_turns`.
-    """
-    example = render_turns(tokenizer, PromptCompletion(prompt, completion).turns)
-    return example if max_length is None else example.cut(max_length)
 
 
 def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> Example:

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pfl_lm.data.chat import check_tokenizer, render
+from pfl_lm.data.chat import check_tokenizer
+from pfl_lm.data.content import Text
 from pfl_lm.data.examples import Example
 from pfl_lm.data.problems import Problems
-from pfl_lm.data.sources import Record
+from pfl_lm.data.records import Record
+from pfl_lm.data.render import render
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import DataError
 
@@ -75,11 +77,15 @@ class FederatedDataset:
         """Tokenize every client's train and validation rows, cut to ``max_length`` tokens.
 
         Raises:
-            ModelError: the tokenizer has no chat template, or is not a fast one.
+            ModelError: the tokenizer has no chat template (for texts: no end-of-text token), or is
+                not a fast one.
             DataError: the template cannot write a row, or no train (or validation) row of a client
                 keeps a supervised token; all such clients are named.
         """
-        check_tokenizer(tokenizer)
+        # Before any row; texts are written without a template.
+        contents = [row.content for rows in records_by_client.values() for row in rows.train]
+        if not contents or not all(isinstance(content, Text) for content in contents):
+            check_tokenizer(tokenizer)
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
@@ -149,9 +155,9 @@ def _tokenize(
     truncated = 0
     for row in rows:
         try:
-            whole = render(tokenizer, row.prompt, row.completion)
+            whole = render(tokenizer, row.content)
         except DataError as error:
-            where = f"line {row.line} (client {row.client!r})"
+            where = f"{row.place} (client {row.client!r})"
             raise DataError(f"{where}: {error.message}", hint=error.hint) from error
         example = whole.cut(max_length)
         if example.n_supervised:

@@ -1,44 +1,27 @@
-"""Where the examples come from: one JSON Lines file with a column that names the client.
+"""Where the examples come from: a file with a column that names the client.
 
-No torch here: ``pfl-lm validate`` reads the data too. Reading finds every problem with its line,
+No torch here: ``pfl-lm validate`` reads the data too. Reading finds every problem with its place,
 and guesses nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from pfl_lm.data.content import Format
+from pfl_lm.data.files import DataFile, RawRow, find_file
+from pfl_lm.data.formats import ANY_SAID, COLUMNS_SAID, first_column, formats_of
 from pfl_lm.data.problems import Problems
-from pfl_lm.data.rows import SPLITS, RowReader, Split, parse_object
+from pfl_lm.data.records import SPLITS, Record, Split
+from pfl_lm.data.rows import RowReader
 from pfl_lm.errors import DataError
 
 if TYPE_CHECKING:
     from pfl_lm.recipe.schema import DataOptions
 
-MAX_LINE_BYTES = 16 * 2**20
-_BOM = b"\xef\xbb\xbf"
-_FORMAT = (
-    "the file is JSON Lines in UTF-8: one object a line, with the client column, `prompt` and "
-    "`completion` (or `response`)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row of the data: what is asked, what is to be answered, and whose it is.
-
-    ``line`` counts from 1 and includes blank lines.
-    """
-
-    client: str
-    split: Split
-    prompt: str
-    completion: str
-    line: int
+__all__ = ["Record", "read_records"]
 
 
 def read_records(options: DataOptions) -> list[Record]:
@@ -46,83 +29,79 @@ def read_records(options: DataOptions) -> list[Record]:
 
     Raises:
         DataError: the file cannot be read, or something in it cannot be used as it is; the message
-            lists the problems with their lines.
+            lists the problems with their places.
     """
-    reader = RowReader(options.client_column, options.split_column)
+    path = options.path
+    file = find_file(path)
+    rows = list(file.rows())
+    format = _detect(path, rows) if options.format == "auto" else options.format
+    hint = _what_is_read(file, format)
+    reader = RowReader(options, format)
     problems = Problems()
     records: list[Record] = []
-    with _open(options.path) as file:
-        for line, raw in _lines(file):
-            fields = _read_line(raw, line, reader)
-            if isinstance(fields, Record):
-                records.append(fields)
-            else:
-                for fault in fields:
-                    problems.add(f"line {line}: {fault}")
-    _check_columns(options.path, reader)
-    problems.raise_if_any(options.path, hint=_FORMAT)
+    for row in rows:
+        record = [row.columns] if isinstance(row.columns, str) else reader.read(row, row.columns)
+        if isinstance(record, Record):
+            records.append(record)
+        else:
+            for fault in record:
+                problems.add(f"{row.place}: {fault}")
+    _check_columns(path, reader, hint)
+    problems.raise_if_any(path, hint=hint)
     if not records:
-        raise DataError(f"{options.path}: there are no rows in it.", hint=_FORMAT)
-    _check_clients(options.path, records)
+        raise DataError(f"{path}: there are no rows in it.", hint=hint)
+    _check_clients(path, records)
     return records
 
 
-def _open(name: str) -> BinaryIO:
-    try:
-        return Path(name).open("rb")
-    except FileNotFoundError:
-        message = f"data.path: there is no file {name!r}."
-        hint = "a relative path is read from the recipe's folder; check the spelling"
-    except IsADirectoryError:
-        message = f"data.path: {name!r} is a folder."
-        hint = "name one JSON Lines file inside it"
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        message = f"data.path: {name!r} cannot be read ({reason})."
-        hint = "check that it is a file and that you may read it"
-    raise DataError(message, hint=hint)
+def _detect(path: str, rows: Sequence[RawRow]) -> Format | None:
+    """Return the one format whose columns are there, or None.
+
+    Raises:
+        DataError: the columns of more than one are.
+    """
+    first_places: dict[str, str] = {}
+    for row in rows:
+        if not isinstance(row.columns, str) and not row.columns.keys() <= first_places.keys():
+            place = row.place
+            first_places |= {column: place for column in row.columns if column not in first_places}
+    formats = formats_of(first_places)
+    if len(formats) > 1:
+        raise DataError(
+            f"{path}: the columns fit {len(formats)} formats, and a file is of one: "
+            f"{' and '.join(_seen(format, first_places) for format in formats)}.",
+            hint=f"set data.format to the one that is meant, for example `format: {formats[0]}`",
+        )
+    return formats[0] if formats else None
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield each line that is not blank, and its number; None stands for one that is too long."""
-    line = 0
-    while raw := file.readline(MAX_LINE_BYTES + 1):
-        line += 1
-        if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(MAX_LINE_BYTES)
-            yield line, None
-            continue
-        if line == 1:
-            raw = raw.removeprefix(_BOM)
-        if raw.strip():
-            yield line, raw
+def _seen(format: Format, first_places: Mapping[str, str]) -> str:
+    column = first_column(format, first_places)
+    return f"{format} ({column!r}, first in {first_places[column]})"
 
 
-def _read_line(raw: bytes | None, line: int, reader: RowReader) -> Record | list[str]:
-    if raw is None:
-        return [f"longer than {MAX_LINE_BYTES // 2**20} MiB"]
-    row = parse_object(raw)
-    if isinstance(row, str):
-        return [row]
-    fields = reader.read(row, line)
-    if isinstance(fields, list):
-        return fields
-    return Record(fields.client, fields.split, fields.prompt, fields.completion, line)
+def _what_is_read(file: DataFile, format: Format | None) -> str:
+    """Say what the file should look like."""
+    columns = COLUMNS_SAID[format] if format else ANY_SAID
+    return f"the file is {file.kind.said}, with the client column{_joined(format)}{columns}"
 
 
-def _check_columns(path: str, reader: RowReader) -> None:
-    """Say once, not once a line, that a column is nowhere in the file."""
+def _joined(format: Format | None) -> str:
+    return ", " if format == "prompt_completion" else " and " if format else ", and with "
+
+
+def _check_columns(path: str, reader: RowReader, hint: str) -> None:
+    """Say once, not once a row, that a column is nowhere in the data."""
     problems = Problems()
     for problem in reader.columns_no_row_has():
         problems.add(problem)
-    problems.raise_if_any(path, hint=_FORMAT)
+    problems.raise_if_any(path, hint=hint)
     if leak := reader.split_nobody_reads():
         problems.add(leak)
     problems.raise_if_any(path, hint="set data.split_column: split, or rename that column")
 
 
-def _check_clients(path: str, records: list[Record]) -> None:
+def _check_clients(path: str, records: Sequence[Record]) -> None:
     rows: defaultdict[str, Counter[Split]] = defaultdict(Counter)
     for record in records:
         rows[record.client][record.split] += 1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pfl_lm.data.problems import Problems
-from pfl_lm.data.sources import Record
+from pfl_lm.data.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class ClientRows:
 def split_clients(records: Sequence[Record], validation_fraction: float) -> dict[str, ClientRows]:
     """Sort the rows by client, in the order of the clients' ids.
 
-    If no row of the whole file is in ``validation``, each client's validation rows are the
+    If no row of all the data is in ``validation``, each client's validation rows are the
     ``max(1, round(validation_fraction * n))`` of its ``n`` train rows whose hash is smallest, and
     any row equal to one of them.
 
@@ -61,16 +61,17 @@ def _held_out(rows: list[Record], fraction: float) -> ClientRows:
         return given
     hashes = [_hash(row) for row in given.train]
     last = sorted(hashes)[min(max(1, round(fraction * len(hashes))), len(hashes)) - 1]
+    out = [key <= last for key in hashes]
     return ClientRows(
-        train=tuple(row for row, key in zip(given.train, hashes, strict=True) if key > last),
-        validation=tuple(row for row, key in zip(given.train, hashes, strict=True) if key <= last),
+        train=tuple(row for row, held in zip(given.train, out, strict=True) if not held),
+        validation=tuple(row for row, held in zip(given.train, out, strict=True) if held),
         test=given.test,
     )
 
 
 def _hash(row: Record) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for text in (row.client, row.prompt, row.completion):
+    for text in (row.client, *row.content.parts):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
@@ -78,6 +79,7 @@ def _hash(row: Record) -> bytes:
 
 def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float) -> None:
     problems = Problems()
+    hint = f"give these clients more rows, or lower data.validation_fraction ({fraction})"
     for client, rows in clients.items():
         n_train, n_validation = len(rows.train), len(rows.validation)
         if n_train and n_validation:
@@ -92,6 +94,4 @@ def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float
             )
     if file_holds_out:
         hint = "the file has validation rows of its own, so every client needs some of both kinds"
-    else:
-        hint = f"give these clients more rows, or lower data.validation_fraction ({fraction})"
     problems.raise_if_any("data.path", hint=hint)

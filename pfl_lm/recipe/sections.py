@@ -150,10 +150,14 @@ class AdapterOptions(Options):
 
 
 class DataOptions(Options):
-    """The clients' examples: one JSON Lines file with a column that names the client."""
+    """The clients' examples: one file with a column that names the client."""
 
     path: Text = Field(
-        description="JSON Lines file, one example a line.", examples=["clients.jsonl"]
+        description="JSON Lines file, one example a line.",
+        examples=["clients.jsonl"],
+    )
+    format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
+        default="auto", description="What an example consists of; auto: told by the columns."
     )
     client_column: Text = Field(
         default="client", description="Column that says whose example it is."
@@ -172,7 +176,7 @@ class DataOptions(Options):
     )
 
     @model_validator(mode="after")
-    def _two_columns(self) -> Self:
+    def _columns_differ(self) -> Self:
         if self.split_column == self.client_column:
             raise broken("must not be the same column as `data.client_column`", "split_column")
         return self

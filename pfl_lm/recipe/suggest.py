@@ -22,6 +22,7 @@ _SYNONYMS = {
     "backbone.dtype": ("torch_dtype", "precision"),
     "data": ("datasets",),
     "data.path": ("dataset", "file", "data_path", "data_files", "train_file"),
+    "data.format": ("data_format", "dataset_format", "dataset_type"),
     "data.client_column": ("client", "client_id", "client_key"),
     "data.split_column": ("split",),
     "data.validation_fraction": ("val_fraction", "validation_split", "val_size", "eval_fraction"),

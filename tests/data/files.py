@@ -13,6 +13,10 @@ FORMAT = (
     "the file is JSON Lines in UTF-8: one object a line, with the client column, `prompt` and "
     "`completion` (or `response`)"
 )
+ANY_FORMAT = (
+    "the file is JSON Lines in UTF-8: one object a line, with the client column, and with `prompt` "
+    "and `completion` (or `response`), `messages`, or `text`"
+)
 GOOD = {"client": "a", "prompt": "p", "completion": "c"}
 
 
@@ -21,6 +25,7 @@ class Options:
     path: str
     client_column: str = "client"
     split_column: str | None = None
+    format: str = "auto"
 
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:

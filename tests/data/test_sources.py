@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pfl_lm.data import sources
+from pfl_lm.data import jsonlines
+from pfl_lm.data.content import PromptCompletion
 from pfl_lm.data.sources import Record, read_records
-from tests.data.files import FORMAT, GOOD, Options, problems, refusal, write
+from tests.data.files import ANY_FORMAT, FORMAT, GOOD, Options, problems, refusal, write
 
 
 def test_rows_are_read_in_file_order_with_their_line(tmp_path):
@@ -22,15 +23,15 @@ def test_rows_are_read_in_file_order_with_their_line(tmp_path):
     options.split_column = "split"
 
     assert read_records(options) == [
-        Record("b", "train", "p1", "c1", 1),
-        Record("7", "train", "p2", "c2", 4),
-        Record("b", "test", "Où?", "🦊\u2028", 5),
+        Record("b", "train", PromptCompletion("p1", "c1"), 1),
+        Record("7", "train", PromptCompletion("p2", "c2"), 4),
+        Record("b", "test", PromptCompletion("Où?", "🦊\u2028"), 5),
     ]
 
 
 def test_without_a_split_column_every_row_trains(tmp_path):
     options = write(tmp_path, GOOD | {"split": "nonsense"})
-    assert read_records(options) == [Record("a", "train", "p", "c", 1)]
+    assert read_records(options) == [Record("a", "train", PromptCompletion("p", "c"), 1)]
 
 
 def test_held_out_rows_are_never_trained_on_by_oversight(tmp_path):
@@ -53,7 +54,7 @@ def test_the_last_line_needs_no_newline(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_is_skipped_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(jsonlines, "MAX_LINE_BYTES", 2**20)
     row = json.dumps(GOOD)
     fits = row + " " * (2**20 - len(row))
     options = write(tmp_path, fits, fits + " ", GOOD, fits * 3, "[]")
@@ -66,7 +67,7 @@ def test_a_line_longer_than_the_limit_is_skipped_and_named(tmp_path, monkeypatch
 
 
 def test_the_limit_of_a_line_is_16_mib():
-    assert sources.MAX_LINE_BYTES == 16 * 1024 * 1024
+    assert jsonlines.MAX_LINE_BYTES == 16 * 1024 * 1024
 
 
 def test_a_column_that_is_nowhere_is_reported_once(tmp_path):
@@ -83,11 +84,27 @@ def test_a_column_that_is_nowhere_is_reported_once(tmp_path):
 
 
 def test_columns_of_another_format_are_listed(tmp_path):
-    row = {"client": "a", "text": "x", **{f"column_{i}": i for i in range(20)}}
-    first, second = problems(write(tmp_path, row, row))
-    columns = ", ".join(["'client'", "'text'", *[f"'column_{i}'" for i in range(10)]])
+    row = {"client": "a", "body": "x", **{f"column_{i}": i for i in range(20)}}
+    options = write(tmp_path, row, row)
+    columns = ", ".join(["'client'", "'body'", *[f"'column_{i}'" for i in range(10)]])
+    assert problems(options) == [
+        "no row has the columns of a format: `prompt` and `completion` (or `response`), "
+        f"`messages`, or `text`. Columns there: {columns} and 10 more"
+    ]
+    assert refusal(options).hint == ANY_FORMAT
+    options.format = "prompt_completion"
+    first, second = problems(options)
     assert first == f"no row has the column 'prompt'. Columns there: {columns} and 10 more"
     assert second.startswith("no row has the column 'completion' (or 'response'). Columns")
+
+
+def test_half_a_format_is_completed(tmp_path):
+    for column, other in (("prompt", "'completion' (or 'response')"), ("response", "'prompt'")):
+        options = write(tmp_path, {"client": "a", column: "x"})
+        assert problems(options) == [
+            f"no row has the column {other}. Columns there: 'client', {column!r}"
+        ]
+        assert refusal(options).hint == FORMAT
 
 
 def test_twenty_problems_are_listed_and_the_rest_counted(tmp_path):
@@ -105,7 +122,7 @@ def test_no_rows_at_all(tmp_path, content):
     path.write_bytes(content)
     error = refusal(Options(str(path)))
     assert error.message == f"{path}: there are no rows in it."
-    assert error.hint == FORMAT
+    assert error.hint == ANY_FORMAT
 
 
 def test_a_client_without_train_rows_is_named(tmp_path):
@@ -132,7 +149,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_folder(tmp_path):
     assert str(refusal(Options(str(tmp_path)))) == (
-        f"data.path: {str(tmp_path)!r} is a folder.\n  hint: name one JSON Lines file inside it"
+        f"data.path: {str(tmp_path)!r} is a folder.\n  hint: name one file inside it"
     )
 
 

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfl_lm.data.content import PromptCompletion
 from pfl_lm.data.sources import Record
 from pfl_lm.data.splits import split_clients
 from pfl_lm.errors import DataError
 
 
 def record(client, prompt, split="train", line=1, completion="c"):
-    return Record(client, split, prompt, completion, line)
+    return Record(client, split, PromptCompletion(prompt, completion), line)
 
 
 def distinct(client, n):
@@ -21,7 +22,7 @@ def distinct(client, n):
 
 
 def content(rows):
-    return Counter((row.prompt, row.completion) for row in rows)
+    return Counter((row.content.prompt, row.content.completion) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,9 @@ def test_the_files_own_validation_rows_are_kept():
         record("a", "4"),
     ]
     rows = split_clients(records, 0.5)["a"]
-    assert [row.prompt for row in rows.train] == ["1", "4"]
-    assert [row.prompt for row in rows.validation] == ["2"]
-    assert [row.prompt for row in rows.test] == ["3"]
+    assert [row.content.prompt for row in rows.train] == ["1", "4"]
+    assert [row.content.prompt for row in rows.validation] == ["2"]
+    assert [row.content.prompt for row in rows.test] == ["3"]
 
 
 def test_test_rows_are_never_held_out():
@@ -111,7 +112,9 @@ def test_the_border_between_prompt_and_completion_counts():
     records = [record("a", "ab", completion=str(i)) for i in range(6)]
     moved = [record("a", "a", completion=f"b{i}") for i in range(6)]
     first, second = (split_clients(rows, 0.5)["a"] for rows in (records, moved))
-    assert [r.completion for r in first.train] != [r.completion[1:] for r in second.train]
+    assert [r.content.completion for r in first.train] != [
+        r.content.completion[1:] for r in second.train
+    ]
 
 
 def test_hash_randomization_plays_no_part():

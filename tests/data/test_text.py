@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from pfl_lm.data.text import check_text_tokenizer, render_text
 from pfl_lm.errors import ModelError
-from tests.data.templates import TOKENIZERS
+from tests.data.templates import TOKENIZERS, smollm2
 from tests.tiny import END, USER, make_tokenizer
 
 
@@ -93,3 +93,8 @@ def test_a_tokenizer_without_an_end_of_text_token():
 def test_a_slow_tokenizer():
     with pytest.raises(ModelError, match="is not a fast one"):
         check_text_tokenizer(SimpleNamespace(is_fast=False))
+
+
+@pytest.mark.slow
+def test_with_the_tokenizer_of_smollm2():
+    assert supervised(smollm2(), "the end, Grüße 🧑‍🚀\n") == f" end, Grüße 🧑‍🚀\n{END}"

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfl_lm.data.chat import render, render_turns
+from pfl_lm.data.chat import render_turns
 from pfl_lm.data.content import Turn
 from pfl_lm.errors import DataError
-from tests.data.templates import TOKENIZERS
+from tests.data.templates import TOKENIZERS, render, smollm2
 from tests.tiny import END, make_tokenizer
 
 TALK = (
@@ -92,6 +92,14 @@ def test_the_assistant_may_speak_twice_and_after_the_system_alone():
         f"two{END}",
         f"three{END}",
     ]
+
+
+def test_where_no_token_ends_a_turn_the_next_one_is_not_taken_for_it():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert spoken(tokenizer, render_turns(tokenizer, turns(*TALK)))[0] == "Hello the world!"
 
 
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
@@ -183,3 +191,11 @@ def test_a_template_that_writes_less_while_it_waits_for_an_answer():
     talk = turns(("user", "x"), ("assistant", "a"), ("user", "x"), ("assistant", "a"))
     with pytest.raises(DataError, match="writes the first 4 messages differently"):
         render_turns(tokenizer, talk)
+
+
+@pytest.mark.slow
+def test_with_the_tokenizer_of_smollm2():
+    tokenizer = smollm2()
+    example = render_turns(tokenizer, turns(*TALK))
+    assert list(example.input_ids) == template_ids(tokenizer, turns(*TALK))
+    assert spoken(tokenizer, example) == [f"Hello the world!{END}", f" Grüße 🧑‍🚀\n{END}"]

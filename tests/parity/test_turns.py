@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pfl_lm.data.batches import training_batches
-from pfl_lm.data.chat import render
 from pfl_lm.data.examples import Example
+from pfl_lm.data.render import render
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import split_clients
 from pfl_lm.finetune import finetune
@@ -46,7 +46,7 @@ def global_weights(folder: Path) -> Tensor:
 def examples(tmp_path: Path, client: str) -> tuple[Example, ...]:
     options = DataOptions(path=str(tmp_path / "clients.jsonl"), split_column="split")
     rows = split_clients(read_records(options), 0.125)[client].train
-    return tuple(render(make_tokenizer(), r.prompt, r.completion).cut(128) for r in rows)
+    return tuple(render(make_tokenizer(), r.content).cut(128) for r in rows)
 
 
 def batches(tmp_path: Path, client: str, round: int) -> list[Mapping[str, Any]]:

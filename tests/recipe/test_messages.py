@@ -307,3 +307,23 @@ def test_columns_must_differ(tmp_path: Path) -> None:
         RecipeError, match=r"client: must not be the same column as `data.client_column`"
     ):
         load(tmp_path, "data.split_column=client")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("data.format=mesages",),
+            "must be one of auto, prompt_completion, messages, text, got 'mesages'. "
+            "Did you mean `messages`?",
+        ),
+        (("data.dataset_format=text",), "unknown key. Did you mean `data.format`?"),
+    ],
+)
+def test_what_the_data_section_refuses(
+    tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, *overrides)
+
+    assert caught.value.message.splitlines()[1] == f"  override {overrides[0]}: {said}"

@@ -1,0 +1,33 @@
+"""One row of the data, checked: whose it is, on which side of the splits, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pfl_lm.data.content import Content
+
+Split = Literal["train", "validation", "test"]
+Unit = Literal["line", "row"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row, of which nothing is left to doubt.
+
+    ``line`` counts from 1 what the file consists of, its ``unit``: lines of JSON Lines, blank ones
+    too.
+    """
+
+    client: str
+    split: Split
+    content: Content
+    line: int
+    unit: Unit = "line"
+
+    @property
+    def place(self) -> str:
+        """Where in its file the row stands."""
+        return f"{self.unit} {self.line}"

@@ -1,0 +1,44 @@
+"""Whole runs on what is not a question with its answer."""
+
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.recipe import load_recipe
+from tests.tiny import tiny_recipe, write_jsonl
+
+CLIENTS = ("alice", "bob")
+
+
+def conversations(folder: Path) -> Path:
+    """Conversations of different lengths."""
+    rows = [
+        {
+            "client": client,
+            "messages": [
+                {"role": role, "content": f"{client} {i}"}
+                for role in ("user", "assistant") * (1 + i % 3)
+            ],
+        }
+        for client in CLIENTS
+        for i in range(6)
+    ]
+    return write_jsonl(folder / "talks.jsonl", rows)
+
+
+def passages(folder: Path) -> Path:
+    """Plain texts."""
+    rows = [{"client": c, "text": f"{c} said {i}"} for c in CLIENTS for i in range(6)]
+    return write_jsonl(folder / "passages.jsonl", rows)
+
+
+@pytest.mark.parametrize("make", [conversations, passages])
+def test_a_run_ends_with_an_adapter_for_each_client(tmp_path, make):
+    from pfl_lm.finetune import finetune
+
+    data = {"data.path": str(make(tmp_path)), "data.split_column": None}
+    result = finetune(load_recipe(tiny_recipe(tmp_path, **data)))
+
+    assert [client.client for client in result.clients] == list(CLIENTS)
+    for client in CLIENTS:
+        assert (result.folder / "adapters" / client / "adapter_model.safetensors").is_file()
