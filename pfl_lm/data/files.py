@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from pfl_lm.data.jsonlines import Row, read_json_lines
 from pfl_lm.data.records import Unit
+from pfl_lm.data.tables import read_csv, read_parquet
 from pfl_lm.errors import DataError
 
 
@@ -23,9 +24,13 @@ class Kind:
 
 
 JSON_LINES = Kind("JSON Lines", "JSON Lines in UTF-8: one object a line", "line", read_json_lines)
+CSV = Kind("CSV", "CSV in UTF-8: a header, then rows of cells set off by commas", "row", read_csv)
+PARQUET = Kind("Parquet", "Parquet", "row", read_parquet)
 KINDS: Mapping[str, Kind] = {
     ".jsonl": JSON_LINES,
     ".json": JSON_LINES,
+    ".csv": CSV,
+    ".parquet": PARQUET,
 }
 
 

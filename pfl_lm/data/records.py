@@ -18,7 +18,7 @@ class Record:
     """One row, of which nothing is left to doubt.
 
     ``line`` counts from 1 what the file consists of, its ``unit``: lines of JSON Lines, blank ones
-    too.
+    too; rows of CSV, of which the header is the first; rows of Parquet.
     """
 
     client: str

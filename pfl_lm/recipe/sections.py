@@ -153,7 +153,7 @@ class DataOptions(Options):
     """The clients' examples: one file with a column that names the client."""
 
     path: Text = Field(
-        description="JSON Lines file, one example a line.",
+        description="File of examples (.jsonl, .json, .csv or .parquet).",
         examples=["clients.jsonl"],
     )
     format: Literal["auto", "prompt_completion", "messages", "text"] = Field(

@@ -27,9 +27,11 @@ def conversations(folder: Path) -> Path:
 
 
 def passages(folder: Path) -> Path:
-    """Plain texts."""
-    rows = [{"client": c, "text": f"{c} said {i}"} for c in CLIENTS for i in range(6)]
-    return write_jsonl(folder / "passages.jsonl", rows)
+    """One CSV file of passages."""
+    path = folder / "passages.csv"
+    rows = [f"{c},{c} said {i}" for c in CLIENTS for i in range(6)]
+    path.write_text("\n".join(["client,text", *rows]) + "\n")
+    return path
 
 
 @pytest.mark.parametrize("make", [conversations, passages])
