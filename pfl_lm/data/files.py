@@ -1,4 +1,8 @@
-"""The file that the data are in, read as its ending says."""
+"""The files that the data are in: one file, or a folder with one file for each client.
+
+In a folder, a file's name without its ending is the client's id. A folder holds nothing else:
+what would have to be skipped or guessed is an error.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pfl_lm.data.cells import identifier_fault
 from pfl_lm.data.jsonlines import Row, read_json_lines
+from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Unit
 from pfl_lm.data.tables import read_csv, read_parquet
 from pfl_lm.errors import DataError
@@ -32,14 +38,19 @@ KINDS: Mapping[str, Kind] = {
     ".csv": CSV,
     ".parquet": PARQUET,
 }
+_FOLDER_HINT = (
+    "a folder holds one file for each client, named for it, and nothing else; all end in .jsonl "
+    "or .json, or all in .csv, or all in .parquet"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file."""
+    """One file, and the client it belongs to if it is in a folder."""
 
     path: Path
     kind: Kind
+    client: str | None = None
 
     def rows(self) -> Iterator[RawRow]:
         """Read the file as it is.
@@ -62,14 +73,78 @@ class RawRow:
 
     @property
     def place(self) -> str:
-        """Where the row is."""
-        return f"{self.file.kind.unit} {self.number}"
+        """Where the row is, with the file's name if there are several."""
+        place = f"{self.file.kind.unit} {self.number}"
+        return place if self.file.client is None else f"{self.file.path.name} {place}"
 
 
-def find_file(name: str) -> DataFile:
-    """Return the file of the kind that its ending says; without one we know, it is JSON Lines."""
+def find_files(name: str) -> list[DataFile]:
+    """Return the file ``name``, or the files of the folder ``name`` in the order of their names.
+
+    A file is of the kind that its ending says; without an ending we know, it is JSON Lines.
+
+    Raises:
+        DataError: the folder cannot be read or holds anything but one file for each client; all
+            that is wrong with it.
+    """
     path = Path(name)
-    return DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))
+    if not path.is_dir():
+        return [DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))]
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    problems = Problems()
+    files = [file for entry in entries if (file := _client_file(entry, path, problems))]
+    _check_together(files, problems)
+    if not entries:
+        problems.add("there are no files in it")
+    problems.raise_if_any(name, hint=_FOLDER_HINT)
+    return files
+
+
+def _client_file(entry: Path, folder: Path, problems: Problems) -> DataFile | None:
+    kind = KINDS.get(entry.suffix.lower())
+    if fault := _entry_fault(entry, folder, kind):
+        problems.add(f"{entry.name!r} {fault}")
+        return None
+    assert kind is not None
+    return DataFile(entry, kind, entry.stem)
+
+
+def _entry_fault(entry: Path, folder: Path, kind: Kind | None) -> str | None:
+    if entry.name.startswith("."):
+        return "is a hidden file"
+    try:
+        inside = entry.resolve(strict=True).is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return "is a link that leads nowhere"
+    if not inside:
+        return "is a link out of the folder"
+    if entry.is_dir():
+        return "is a folder"
+    if not entry.is_file():
+        return "is not a file"
+    if kind is None:
+        return f"does not end in one of {', '.join(KINDS)}"
+    if not entry.stem.strip():
+        return "names no client"
+    return identifier_fault(entry.stem)
+
+
+def _check_together(files: list[DataFile], problems: Problems) -> None:
+    """Note files of several kinds, and clients with several files."""
+    first_of_kind: dict[str, str] = {}
+    for file in files:
+        first_of_kind.setdefault(file.kind.name, file.path.name)
+    if len(first_of_kind) > 1:
+        kinds = ", ".join(f"{kind} ({name!r})" for kind, name in first_of_kind.items())
+        problems.add(f"the files are of several kinds: {kinds}")
+    of_client: dict[str, str] = {}
+    for file in files:
+        other = of_client.setdefault(file.path.stem, file.path.name)
+        if other != file.path.name:
+            problems.add(f"{other!r} and {file.path.name!r} are both of client {file.client!r}")
 
 
 def _open(name: str) -> BinaryIO:
@@ -80,9 +155,6 @@ def _open(name: str) -> BinaryIO:
         raise DataError(
             message, hint="a relative path is read from the recipe's folder; check the spelling"
         ) from None
-    except IsADirectoryError:
-        message = f"data.path: {name!r} is a folder."
-        raise DataError(message, hint="name one file inside it") from None
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from None
 

@@ -84,9 +84,19 @@ class RowReader:
 
     def _client(self, row: RawRow, cells: Cells) -> str:
         column = self._options.client_column
+        if row.file.client is not None and column not in cells.columns:
+            return row.file.client
         n_faults = len(cells.faults)
         client = cells.identifier(column, "client", _named(column, "client"))
-        if len(cells.faults) == n_faults:
+        if len(cells.faults) > n_faults:
+            return client
+        if row.file.client is not None:
+            if client != row.file.client:
+                cells.faults.append(
+                    f"{column!r} is {short(client)}, but this file's name says "
+                    f"{short(row.file.client)}"
+                )
+        else:
             self._same_type(client, type(cells.columns[column]), row, cells)
         return client
 

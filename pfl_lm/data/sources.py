@@ -1,4 +1,4 @@
-"""Where the examples come from: a file with a column that names the client.
+"""Where the examples come from: a file with a column that names the client, or a folder of files.
 
 No torch here: ``pfl-lm validate`` reads the data too. Reading finds every problem with its place,
 and guesses nothing.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pfl_lm.data.content import Format
-from pfl_lm.data.files import DataFile, RawRow, find_file
+from pfl_lm.data.files import DataFile, RawRow, find_files
 from pfl_lm.data.formats import ANY_SAID, COLUMNS_SAID, first_column, formats_of
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import SPLITS, Record, Split
@@ -25,17 +25,17 @@ __all__ = ["Record", "read_records"]
 
 
 def read_records(options: DataOptions) -> list[Record]:
-    """Read every row of ``data.path`` in file order.
+    """Read every row of ``data.path``, in the order of the files' names and of the rows in them.
 
     Raises:
-        DataError: the file cannot be read, or something in it cannot be used as it is; the message
+        DataError: a file cannot be read, or something in it cannot be used as it is; the message
             lists the problems with their places.
     """
     path = options.path
-    file = find_file(path)
-    rows = list(file.rows())
+    files = find_files(path)
+    rows = [row for file in files for row in file.rows()]
     format = _detect(path, rows) if options.format == "auto" else options.format
-    hint = _what_is_read(file, format)
+    hint = _what_is_read(files, format)
     reader = RowReader(options, format)
     problems = Problems()
     records: list[Record] = []
@@ -47,6 +47,7 @@ def read_records(options: DataOptions) -> list[Record]:
             for fault in record:
                 problems.add(f"{row.place}: {fault}")
     _check_columns(path, reader, hint)
+    _check_empty(files, rows, problems)
     problems.raise_if_any(path, hint=hint)
     if not records:
         raise DataError(f"{path}: there are no rows in it.", hint=hint)
@@ -80,10 +81,13 @@ def _seen(format: Format, first_places: Mapping[str, str]) -> str:
     return f"{format} ({column!r}, first in {first_places[column]})"
 
 
-def _what_is_read(file: DataFile, format: Format | None) -> str:
-    """Say what the file should look like."""
+def _what_is_read(files: Sequence[DataFile], format: Format | None) -> str:
+    """Say what the files should look like."""
     columns = COLUMNS_SAID[format] if format else ANY_SAID
-    return f"the file is {file.kind.said}, with the client column{_joined(format)}{columns}"
+    said = files[0].kind.said
+    if files[0].client is not None:
+        return f"each file is {said}, with {columns}"
+    return f"the file is {said}, with the client column{_joined(format)}{columns}"
 
 
 def _joined(format: Format | None) -> str:
@@ -99,6 +103,14 @@ def _check_columns(path: str, reader: RowReader, hint: str) -> None:
     if leak := reader.split_nobody_reads():
         problems.add(leak)
     problems.raise_if_any(path, hint="set data.split_column: split, or rename that column")
+
+
+def _check_empty(files: Sequence[DataFile], rows: Sequence[RawRow], problems: Problems) -> None:
+    """Note the clients whose file holds no row: they would be left out unseen."""
+    with_rows = {row.file.path for row in rows}
+    for file in files:
+        if file.client is not None and file.path not in with_rows:
+            problems.add(f"{file.path.name}: there are no rows in it")
 
 
 def _check_clients(path: str, records: Sequence[Record]) -> None:

@@ -150,17 +150,19 @@ class AdapterOptions(Options):
 
 
 class DataOptions(Options):
-    """The clients' examples: one file with a column that names the client."""
+    """The clients' examples: one file with a column that names the client, or a file for each."""
 
     path: Text = Field(
-        description="File of examples (.jsonl, .json, .csv or .parquet).",
+        description="File of examples (.jsonl, .json, .csv or .parquet), or a folder with one such "
+        "file for each client, named for it.",
         examples=["clients.jsonl"],
     )
     format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
         default="auto", description="What an example consists of; auto: told by the columns."
     )
     client_column: Text = Field(
-        default="client", description="Column that says whose example it is."
+        default="client",
+        description="Column that says whose example it is; a folder of files needs none.",
     )
     split_column: Text | None = Field(
         default=None, description="Column that says train, validation or test, if there is one."

@@ -1,29 +1,31 @@
 """Whole runs on what is not a question with its answer."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pfl_lm.recipe import load_recipe
-from tests.tiny import tiny_recipe, write_jsonl
+from tests.tiny import tiny_recipe
 
 CLIENTS = ("alice", "bob")
 
 
 def conversations(folder: Path) -> Path:
-    """Conversations of different lengths."""
-    rows = [
-        {
-            "client": client,
-            "messages": [
-                {"role": role, "content": f"{client} {i}"}
-                for role in ("user", "assistant") * (1 + i % 3)
-            ],
-        }
-        for client in CLIENTS
-        for i in range(6)
-    ]
-    return write_jsonl(folder / "talks.jsonl", rows)
+    """A folder of one file for each client, the conversations of different lengths."""
+    path = folder / "talks"
+    path.mkdir()
+    for client in CLIENTS:
+        rows = [
+            {
+                "messages": [
+                    {"role": role, "content": f"{client} {i}"} for role in roles * (1 + i % 3)
+                ]
+            }
+            for i, roles in enumerate([("user", "assistant")] * 6)
+        ]
+        (path / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def passages(folder: Path) -> Path:

@@ -147,12 +147,6 @@ def test_a_missing_file(tmp_path):
     )
 
 
-def test_a_folder(tmp_path):
-    assert str(refusal(Options(str(tmp_path)))) == (
-        f"data.path: {str(tmp_path)!r} is a folder.\n  hint: name one file inside it"
-    )
-
-
 def test_an_unreadable_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
