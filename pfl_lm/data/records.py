@@ -18,7 +18,8 @@ class Record:
     """One row, of which nothing is left to doubt.
 
     ``line`` counts from 1 what the file consists of, its ``unit``: lines of JSON Lines, blank ones
-    too; rows of CSV, of which the header is the first; rows of Parquet.
+    too; rows of CSV, of which the header is the first; rows of Parquet. Rows of a client with the
+    same ``group`` belong together.
     """
 
     client: str
@@ -26,6 +27,7 @@ class Record:
     content: Content
     line: int
     unit: Unit = "line"
+    group: str | None = None
 
     @property
     def place(self) -> str:

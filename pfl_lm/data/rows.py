@@ -57,6 +57,7 @@ class RowReader:
             content=self._content(cells),
             line=row.number,
             unit=row.file.kind.unit,
+            group=self._group(cells),
         )
         self._missing.update(cells.missing.items())
         return cells.faults or record
@@ -126,6 +127,12 @@ class RowReader:
 
     def _content(self, cells: Cells) -> Content:
         return Text("") if self._format is None else read_content(self._format, cells)
+
+    def _group(self, cells: Cells) -> str | None:
+        column = self._options.group_column
+        if column is None:
+            return None
+        return cells.identifier(column, "group", _named(column, "group"))
 
 
 def _named(column: str, role: str) -> str:

@@ -2,18 +2,19 @@
 
 No torch here. What is held out follows from a hash of each row, so that neither the order of the
 file nor the other clients nor the process that computes it matter, and equal rows never face each
-other across the border.
+other across the border. Where the rows have groups, the hash is the group's: see ``groups``.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pfl_lm.data.groups import check_groups, digest, held_out_groups
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Record
+from pfl_lm.data.words import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,14 @@ def split_clients(records: Sequence[Record], validation_fraction: float) -> dict
 
     If no row of all the data is in ``validation``, each client's validation rows are the
     ``max(1, round(validation_fraction * n))`` of its ``n`` train rows whose hash is smallest, and
-    any row equal to one of them.
+    any row equal to one of them; or, where rows have groups, as many whole groups as fit into that
+    share, at least one.
 
     Raises:
-        DataError: a client has no train or no validation row; all such clients are named.
+        DataError: a client has no train or no validation row, or a group of it stands in several
+            splits; all such clients or groups are named.
     """
+    check_groups(records)
     by_client: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_client[record.client].append(record)
@@ -59,22 +63,18 @@ def _held_out(rows: list[Record], fraction: float) -> ClientRows:
     given = _as_given(rows)
     if not given.train:
         return given
-    hashes = [_hash(row) for row in given.train]
-    last = sorted(hashes)[min(max(1, round(fraction * len(hashes))), len(hashes)) - 1]
-    out = [key <= last for key in hashes]
+    if given.train[0].group is None:
+        hashes = [digest(row.client, *row.content.parts) for row in given.train]
+        last = sorted(hashes)[min(max(1, round(fraction * len(hashes))), len(hashes)) - 1]
+        out = [key <= last for key in hashes]
+    else:
+        groups = held_out_groups(given.train[0].client, given.train, fraction)
+        out = [row.group in groups for row in given.train]
     return ClientRows(
         train=tuple(row for row, held in zip(given.train, out, strict=True) if not held),
         validation=tuple(row for row, held in zip(given.train, out, strict=True) if held),
         test=given.test,
     )
-
-
-def _hash(row: Record) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in (row.client, *row.content.parts):
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.digest()
 
 
 def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float) -> None:
@@ -87,6 +87,12 @@ def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float
         if file_holds_out or not (n_train or n_validation):
             missing = "train" if not n_train else "validation"
             problems.add(f"client {client!r}: no {missing} rows")
+        elif rows.validation[0].group is not None:
+            problems.add(
+                f"client {client!r}: all {n_validation} of its train rows are of one group, "
+                f"{short(rows.validation[0].group)}"
+            )
+            hint = "each client needs rows of two groups: one to train on, one to hold out"
         else:
             problems.add(
                 f"client {client!r}: all {n_validation} of its train rows would be held out for "

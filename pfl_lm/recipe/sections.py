@@ -167,6 +167,11 @@ class DataOptions(Options):
     split_column: Text | None = Field(
         default=None, description="Column that says train, validation or test, if there is one."
     )
+    group_column: Text | None = Field(
+        default=None,
+        description="Column that says which of a client's examples belong together, such as those "
+        "of one document; they are held out for validation together or not at all.",
+    )
     validation_fraction: float = Field(
         default=0.125,
         gt=0,
@@ -181,6 +186,10 @@ class DataOptions(Options):
     def _columns_differ(self) -> Self:
         if self.split_column == self.client_column:
             raise broken("must not be the same column as `data.client_column`", "split_column")
+        if self.group_column == self.client_column:
+            raise broken("must not be the same column as `data.client_column`", "group_column")
+        if self.group_column is not None and self.group_column == self.split_column:
+            raise broken("must not be the same column as `data.split_column`", "group_column")
         return self
 
 

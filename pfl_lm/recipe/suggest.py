@@ -25,6 +25,7 @@ _SYNONYMS = {
     "data.format": ("data_format", "dataset_format", "dataset_type"),
     "data.client_column": ("client", "client_id", "client_key"),
     "data.split_column": ("split",),
+    "data.group_column": ("group", "groups", "group_by", "document_column"),
     "data.validation_fraction": ("val_fraction", "validation_split", "val_size", "eval_fraction"),
     "data.max_length": ("seq_len", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
     "federation": ("fl", "federated", "server"),

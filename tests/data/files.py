@@ -26,6 +26,7 @@ class Options:
     client_column: str = "client"
     split_column: str | None = None
     format: str = "auto"
+    group_column: str | None = None
 
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:

@@ -29,18 +29,18 @@ def conversations(folder: Path) -> Path:
 
 
 def passages(folder: Path) -> Path:
-    """One CSV file of passages."""
+    """One CSV file of passages, two of each document."""
     path = folder / "passages.csv"
-    rows = [f"{c},{c} said {i}" for c in CLIENTS for i in range(6)]
-    path.write_text("\n".join(["client,text", *rows]) + "\n")
+    rows = [f"{c},{c} said {i},{i // 2}" for c in CLIENTS for i in range(6)]
+    path.write_text("\n".join(["client,text,doc", *rows]) + "\n")
     return path
 
 
-@pytest.mark.parametrize("make", [conversations, passages])
-def test_a_run_ends_with_an_adapter_for_each_client(tmp_path, make):
+@pytest.mark.parametrize(("make", "group"), [(conversations, None), (passages, "doc")])
+def test_a_run_ends_with_an_adapter_for_each_client(tmp_path, make, group):
     from pfl_lm.finetune import finetune
 
-    data = {"data.path": str(make(tmp_path)), "data.split_column": None}
+    data = {"data.path": str(make(tmp_path)), "data.split_column": None, "data.group_column": group}
     result = finetune(load_recipe(tiny_recipe(tmp_path, **data)))
 
     assert [client.client for client in result.clients] == list(CLIENTS)

@@ -312,11 +312,17 @@ def test_columns_must_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (("data.group_column=client",), "must not be the same column as `data.client_column`"),
+        (
+            ("data.group_column=part", "data.split_column=part"),
+            "must not be the same column as `data.split_column`",
+        ),
         (
             ("data.format=mesages",),
             "must be one of auto, prompt_completion, messages, text, got 'mesages'. "
             "Did you mean `messages`?",
         ),
+        (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
         (("data.dataset_format=text",), "unknown key. Did you mean `data.format`?"),
     ],
 )
