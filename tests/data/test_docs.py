@@ -1,0 +1,141 @@
+"""docs/data.md: its examples can be read, and every message in it is one that pfl-lm gives."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.data.content import Conversation, Text
+from pfl_lm.data.render import render
+from pfl_lm.data.sources import read_records
+from pfl_lm.data.splits import split_clients
+from pfl_lm.errors import PflError
+from tests.data.files import GOOD, Options, write
+from tests.data.templates import TOKENIZERS
+from tests.data.test_turns import FORGETFUL, TALK, turns
+from tests.tiny import make_tokenizer
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+ROWS = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+MESSAGES = [
+    each.strip("`")
+    for each in re.findall(r"^\| (`.+?`+) \| .* \|$", PAGE.partition("## What is refused")[2], re.M)
+]
+TEXT = {"client": "a", "text": "x"}
+SPLIT = {"split_column": "split"}
+ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def underlined(block):
+    """What stands over the wavy lines of a block."""
+    lines = block.splitlines()
+    return [
+        above[wave.start() : wave.end()]
+        for above, line in pairwise(lines)
+        for wave in re.finditer("~+", line)
+    ]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: list(row)[-1])
+def test_every_example_is_a_row(tmp_path, row):
+    [record] = read_records(write(tmp_path, row))
+    assert record.client == "alice"
+
+
+@pytest.mark.parametrize(
+    ("i", "names"), [(0, ["chatml"]), (1, ["chatml"]), (2, ["llama-3", "chatml"])]
+)
+def test_what_is_underlined_is_what_is_learnt(tmp_path, i, names):
+    block = re.findall(r"```\n([^`]*~[^`]*)```", PAGE)[i]
+    [record] = read_records(write(tmp_path, ROWS[i]))
+    said = []
+    for name in names:
+        tokenizer = TOKENIZERS[name]
+        example = render(tokenizer, record.content)
+        said += [tokenizer.decode(example.input_ids[i:j]) for i, j in example.spans]
+    if i == 2:  # the small tokenizers write "It" as two tokens
+        assert [underlined(block)[0], f"t{underlined(block)[1]}"] == said
+    else:
+        assert underlined(block) == said
+
+
+def refused(options):
+    with pytest.raises(PflError) as caught:
+        split_clients(read_records(options), 0.125)
+    return str(caught.value)
+
+
+def talk(*messages):
+    return {"client": "a", "messages": list(messages)}
+
+
+def side(split, **more):
+    return TEXT | {"split": split} | more
+
+
+LINES = [
+    ([GOOD, {"client": "a", "completion": "c"}], {}),
+    ([TEXT], {"client_column": "speaker"}),
+    ([{"client": "a", "body": "x"}], {}),
+    ([GOOD | TEXT], {}),
+    ([GOOD | {"response": "c"}], {}),
+    ([TEXT | {"text": ""}, TEXT | {"text": None}], {}),
+    ([talk(ASK), talk(SAY, ASK, SAY)], {}),
+    ([talk(ASK, {"role": "gpt", "content": "x"})], {}),
+    ([talk(ASK, SAY | {"tool_calls": []})], {}),
+    ([{"client": "a", "messages": "[]"}], {}),
+    ([TEXT, TEXT | {"client": None}], {}),
+    ([TEXT | {"client": 1}, TEXT | {"client": "1"}], {}),
+    ([side("dev")], SPLIT),
+    ([side("train"), side("test")], {}),
+    (["{", b'{"client": "a", "text": "\xff"}'], {}),
+    ([side("test")], SPLIT),
+    ([side("train"), side("train", client="b"), side("validation", client="b")], SPLIT),
+    ([side("train", doc="d1"), side("test", doc="d1")], SPLIT | {"group_column": "doc"}),
+    ([TEXT | {"doc": "d1"}] * 2, {"group_column": "doc"}),
+    ([TEXT], {}),
+]
+CSVS = ["client,text\na,b,c\n", 'client,text\na,"b\n']
+
+
+def folders(tmp_path):
+    row = json.dumps(TEXT)
+    for name in ("strange", "other"):
+        (tmp_path / name).mkdir()
+    strange = tmp_path / "strange"
+    for name in ("README.md", ".hidden.jsonl", "a.jsonl", "a.json", "b.csv"):
+        (strange / name).write_text(row)
+    (strange / "more").mkdir()
+    (strange / "out.jsonl").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "alice.jsonl").write_text(json.dumps(TEXT | {"client": "bob"}))
+    return [strange, tmp_path / "other"]
+
+
+def test_every_message_is_given(tmp_path):
+    given = [str(template_refusal()), str(tokenizer_refusal())]
+    for rows, settings in LINES:
+        options = write(tmp_path, *rows)
+        vars(options).update(settings)
+        given.append(refused(options))
+    for content in CSVS:
+        (tmp_path / "rows.csv").write_text(content)
+        given.append(refused(Options(str(tmp_path / "rows.csv"))))
+    given += [refused(Options(str(folder))) for folder in folders(tmp_path)]
+    assert len(MESSAGES) > 30
+    # With "a.jsonl" and "a.json" of one kind there, the kinds are named by the first of each.
+    told = "\n".join(given).replace("('a.json')", "('a.jsonl')")
+    assert [message for message in MESSAGES if message not in told] == []
+
+
+def template_refusal():
+    with pytest.raises(PflError) as caught:
+        render(make_tokenizer(FORGETFUL), Conversation(turns(*TALK)))
+    return caught.value
+
+
+def tokenizer_refusal():
+    with pytest.raises(PflError) as caught:
+        render(make_tokenizer(eos=None), Text("x"))
+    return caught.value
