@@ -47,7 +47,7 @@ class AggregationError(PflError):
 
 
 class ExportError(PflError):
-    """An exported adapter did not pass its check."""
+    """An exported adapter did not pass its check, or a run folder does not hold what it says."""
 
 
 def listed(where: str, problems: Sequence[str]) -> str:
