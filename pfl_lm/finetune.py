@@ -19,7 +19,7 @@ import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
-from pfl_lm.export import ClientResult, export_adapters
+from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.fleet.serial import SerialFleet
@@ -97,7 +97,7 @@ def finetune(
         server = method.init_server(start)
         watch.begin(_workload(recipe, side, server))
         server = orchestrator.run(server)
-        results = export_adapters(folder, side, server, backbone)
+        results = export_adapters(folder, recipe, side, server, backbone)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping

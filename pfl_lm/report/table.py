@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pfl_lm.evaluate import BASE
-from pfl_lm.export import ClientResult
+from pfl_lm.export.adapters import ClientResult
 
 
 def split_shown(results: Sequence[ClientResult]) -> str:
