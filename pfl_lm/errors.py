@@ -50,6 +50,10 @@ class ExportError(PflError):
     """An exported adapter did not pass its check, or a run folder does not hold what it says."""
 
 
+class HubError(PflError):
+    """The Hub cannot be reached, or refuses what was asked of it."""
+
+
 def listed(where: str, problems: Sequence[str]) -> str:
     """Lay out several problems under one heading, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
