@@ -51,7 +51,11 @@ class AggregationError(PflError):
 
 
 class ExportError(PflError):
-    """An exported adapter did not pass its check."""
+    """An exported adapter did not pass its check, or a run folder does not hold what it says."""
+
+
+class HubError(PflError):
+    """The Hub cannot be reached, or refuses what was asked of it."""
 
 
 def listed(where: str, problems: Sequence[str]) -> str:

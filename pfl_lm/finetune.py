@@ -19,7 +19,7 @@ import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
-from pfl_lm.export import ClientResult, export_adapters
+from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.fleet.ranks import RankFleet, dismiss, serve
@@ -97,7 +97,14 @@ def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResu
         side, server = _run(loaded.recipe, fixed, ledger)
         if fixed.accelerator.num_processes > 1:
             dismiss()
-        results = export_adapters(folder, side, server, fixed.backbone, ledger)
+        results = export_adapters(
+            folder,
+            with_training(loaded.recipe, side.training),
+            side,
+            server,
+            fixed.backbone,
+            ledger,
+        )
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping

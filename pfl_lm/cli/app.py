@@ -68,6 +68,33 @@ def validate(recipe: RecipePath, overrides: Overrides = None, debug: Debug = Fal
         verb(recipe, overrides or [])
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    repo: Annotated[str, typer.Option("--repo", metavar="ORG/NAME", help="Where to push to.")],
+    clients: Annotated[
+        list[str] | None,
+        typer.Option("--clients", metavar="A,B", help="Only these clients' adapters."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see them; private without this.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Push a run's adapters to one repository on the Hugging Face Hub.
+
+    The token is that of `hf auth login`, or of the variable HF_TOKEN. What is there already is not
+    sent again.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.push import push as verb
+
+        verb(run, repo, clients or [], public=public, dry_run=dry_run)
+
+
 def main() -> None:
     """Run the command line; every exit is a `SystemExit`."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,7 @@ keeps the backbone as it was, and is told so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ def choose(validation: Mapping[str, RowScores], default: str) -> Choice:
     if margin != margin:
         raise ValueError(f"candidate {chosen!r} has no finite validation score")
     if margin >= 0 and chosen != BASE:
-        reason = f"no candidate beat the untouched backbone ({chosen}: {margin:+.4f} nats a token)"
+        doubt = f" ± {error:.4f}" if math.isfinite(error) else ""
+        against = f"{chosen}: {margin:+.4f}{doubt} nats a token"
+        reason = f"no candidate beat the untouched backbone ({against})"
         return Choice(BASE, reason, 0.0, 0.0)
     return Choice(chosen, reason, margin, error)

@@ -1,6 +1,4 @@
-"""Adapters as others load them."""
+"""Adapters as others load them, their cards, and the way to the Hub.
 
-from pfl_lm.export.adapters import ClientResult, export_adapters
-from pfl_lm.export.folders import export_adapter
-
-__all__ = ["ClientResult", "export_adapter", "export_adapters"]
+Import from the modules: what ``pfl-lm push`` needs must not pull in torch.
+"""

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
+import pfl_lm
 from pfl_lm.evaluate import Choice
+from pfl_lm.export.card import client_card, global_card
+from pfl_lm.export.card_sections import ClientFacts, RunFacts
+from pfl_lm.export.card_text import BaseModel, hub_id
 from pfl_lm.export.folders import export_adapter
+from pfl_lm.export.index import (
+    NAME,
+    AdapterIndex,
+    BaseEntry,
+    ClientEntry,
+    RowCounts,
+    RunEntry,
+    Split,
+)
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.files import write_atomically
 from pfl_lm.methods import ServerState
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.recipe import Recipe
 
-FORMAT = 1
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +51,24 @@ class ClientResult:
 
 
 def export_adapters(
-    folder: Path, side: ClientSide, server: ServerState, backbone: Backbone, ledger: Ledger
+    folder: Path,
+    recipe: Recipe,
+    side: ClientSide,
+    server: ServerState,
+    backbone: Backbone,
+    ledger: Ledger,
 ) -> tuple[ClientResult, ...]:
-    """Write ``adapters/<slug>/`` for every client, ``global/`` and ``adapters.json``.
+    """Write ``adapters/<slug>/`` for every client, ``global/`` and, last, ``adapters.json``.
 
     A client for whom the backbone won gets an adapter whose B is zero, so that everyone's loads the
-    same way. ``global/`` is written for methods that have a global candidate.
+    same way. ``global/`` is written for methods that have a global candidate. Each folder's card is
+    its last file.
 
     Raises:
         ExportError: an adapter does not read back as written.
         RunFolderError: the folder cannot be written.
     """
+    run = _run_facts(recipe, side, backbone)
     scores = _final_scores(ledger)
     results = []
     shared = None
@@ -55,14 +77,54 @@ def export_adapters(
         candidates = side.candidates(
             client, side.method.broadcast(server, client), ledger.state_file(client)
         )
-        vector = candidates[choice.candidate]
-        sha256 = export_adapter(side.adapter, vector, backbone, folder / "adapters" / slug)
-        results.append(ClientResult(client, slug, choice, scores[client], sha256))
+        place = folder / "adapters" / slug
+        sha256 = export_adapter(side.adapter, candidates[choice.candidate], backbone, place)
+        result = ClientResult(client, slug, choice, scores[client], sha256)
+        card = client_card(run, _client_facts(result, side, ledger))
+        write_atomically(place / CARD, card.encode())
+        results.append(result)
         shared = candidates.get("global")
     if shared is not None:
         export_adapter(side.adapter, shared, backbone, folder / "global")
-    _write_index(folder, results, backbone)
+        write_atomically(folder / "global" / CARD, global_card(run, scores).encode())
+    index = _index(recipe, results, side, backbone)
+    write_atomically(folder / NAME, index.text())
     return tuple(results)
+
+
+def _run_facts(recipe: Recipe, side: ClientSide, backbone: Backbone) -> RunFacts:
+    packages = ("torch", "transformers", "peft", "lightning")
+    return RunFacts(
+        recipe=recipe,
+        base=BaseModel(hub_id(backbone.name), backbone.revision, _dtype(backbone)),
+        clients=frozenset(side.dataset.client_ids),
+        versions={"pfl-lm": pfl_lm.__version__, **{name: version(name) for name in packages}},
+    )
+
+
+def _client_facts(result: ClientResult, side: ClientSide, ledger: Ledger) -> ClientFacts:
+    turns, bytes_down, bytes_up = ledger.traffic().get(result.client, (0, 0, 0))
+    return ClientFacts(
+        client=result.client,
+        slug=result.slug,
+        rows=_row_counts(result.client, side),
+        choice=result.choice,
+        scores=result.scores,
+        turns=turns,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+    )
+
+
+def _row_counts(client: str, side: ClientSide) -> RowCounts:
+    data = side.dataset[client]
+    return RowCounts(
+        train=len(data.train), validation=len(data.validation), test=len(data.test_rows)
+    )
+
+
+def _dtype(backbone: Backbone) -> str:
+    return str(backbone.dtype).removeprefix("torch.")
 
 
 def _final_scores(ledger: Ledger) -> dict[str, dict[str, dict[str, float]]]:
@@ -72,22 +134,38 @@ def _final_scores(ledger: Ledger) -> dict[str, dict[str, dict[str, float]]]:
     return scores
 
 
-def _write_index(folder: Path, results: list[ClientResult], backbone: Backbone) -> None:
-    clients: Mapping[str, object] = {
-        result.client: {
-            "slug": result.slug,
-            "candidate": result.choice.candidate,
-            "reason": result.choice.reason,
-            "scores": result.scores,
-            "sha256": result.sha256,
+def _index(
+    recipe: Recipe, results: list[ClientResult], side: ClientSide, backbone: Backbone
+) -> AdapterIndex:
+    return AdapterIndex(
+        format=1,
+        run=RunEntry(
+            name=recipe.name,
+            method=recipe.method.name,
+            rounds=recipe.federation.rounds,
+            turn=recipe.training.length,
+        ),
+        base=BaseEntry(
+            model_name_or_path=backbone.name, revision=backbone.revision, dtype=_dtype(backbone)
+        ),
+        clients={
+            result.client: ClientEntry(
+                slug=result.slug,
+                candidate=result.choice.candidate,
+                reason=result.choice.reason,
+                rows=_row_counts(result.client, side),
+                scores=_finite(result.scores),
+                sha256=result.sha256,
+            )
+            for result in results
+        },
+    )
+
+
+def _finite(scores: dict[str, dict[str, float]]) -> dict[Split, dict[str, float | None]]:
+    return {
+        cast("Split", split): {
+            name: nll if math.isfinite(nll) else None for name, nll in of_split.items()
         }
-        for result in results
+        for split, of_split in scores.items()
     }
-    base = {
-        "model_name_or_path": backbone.name,
-        "revision": backbone.revision,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-    }
-    index = {"format": FORMAT, "base": base, "clients": clients}
-    text = json.dumps(index, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    write_atomically(folder / "adapters.json", text.encode())

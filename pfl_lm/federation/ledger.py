@@ -175,6 +175,14 @@ class Ledger:
         )
         return {client: Choice(*choice) for client, *choice in rows}
 
+    def traffic(self) -> dict[str, tuple[int, int, int]]:
+        """Return (turns, bytes down, bytes up) of every client that trained, in id order."""
+        rows = self._connection.execute(
+            "SELECT client, count(*), sum(bytes_down), sum(bytes_up) FROM turns "
+            "GROUP BY client ORDER BY client"
+        )
+        return {client: (turns, down, up) for client, turns, down, up in rows}
+
     def _commit(self, *statements: tuple[str, Sequence[Sequence[object]]]) -> None:
         try:
             self._connection.execute("BEGIN IMMEDIATE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pfl_lm.evaluate import BASE
-from pfl_lm.export import ClientResult
+from pfl_lm.export.adapters import ClientResult
 
 
 def split_shown(results: Sequence[ClientResult]) -> str:
@@ -61,7 +62,9 @@ def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
     lines += [f"{folder / 'adapters'}  one PEFT folder per client", f"{folder / 'metrics.csv'}"]
     example = results[0]
     load = f'PeftModel.from_pretrained(model, "{folder / "adapters" / example.slug}")'
-    return [*lines, f"next: load {example.client}'s adapter with  {load}"]
+    push = f"pfl-lm push {shlex.quote(str(folder))} --repo ORG/NAME --dry-run"
+    lines += [f"next: load {example.client}'s adapter with  {load}"]
+    return [*lines, f"      or see what a push to the Hub would send:  {push}"]
 
 
 def worst_client(results: Sequence[ClientResult]) -> ClientResult:
