@@ -13,7 +13,7 @@ from rich.text import Text
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Workload
 
-_A_STEP_IN_ROWS = 3.0
+_A_STEP_IN_ROWS = 2.0
 """A step's cost per row of its batch against scoring a row, until both have been measured."""
 
 

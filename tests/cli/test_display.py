@@ -31,6 +31,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(display, "_A_STEP_IN_ROWS", 3.0)  # a measured number, and no rule
     return Clock(monkeypatch)
 
 
