@@ -79,7 +79,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 
 def test_the_run_folder_holds_what_the_plan_says(result: RunResult) -> None:
-    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    adapter = ("README.md", "adapter_config.json", "adapter_model.safetensors")
     assert files_in(result.folder).keys() == {
         *("recipe.yaml", "recipe.resolved.yaml", "federation.sqlite", "metrics.csv"),
         *("adapters.json", "server/state-2.safetensors"),
@@ -125,7 +125,7 @@ def test_the_index_says_what_was_exported_for_whom_and_why(result: RunResult) ->
     text = (result.folder / "adapters.json").read_text()
     index = json.loads(text)
     assert text == json.dumps(index, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    assert index.keys() == {"format", "base", "clients"}
+    assert index.keys() == {"format", "run", "base", "clients"}
     assert index["format"] == 1
     model = load_recipe(result.folder / "recipe.yaml").recipe.backbone.model_name_or_path
     base = {"model_name_or_path": model, "revision": None, "dtype": "float32"}
@@ -137,7 +137,7 @@ def test_the_index_says_what_was_exported_for_whom_and_why(result: RunResult) ->
     }
     for client, entry in zip(result.clients, index["clients"].items(), strict=True):
         name, about = entry
-        assert about.keys() == {"slug", "candidate", "reason", "scores", "sha256"}
+        assert about.keys() == {"slug", "candidate", "reason", "scores", "rows", "sha256"}
         assert (name, about["slug"]) == (client.client, client.slug)
         assert about["candidate"] == client.choice.candidate
         assert about["reason"] == client.choice.reason
@@ -242,9 +242,9 @@ def test_test_rows_are_tokenized_once_and_after_the_last_turn(
 ) -> None:
     watch, render = Notes(), pfl_lm.data.federated.render
 
-    def spied(tokenizer: Any, prompt: str, completion: str, *more: Any) -> Any:
-        watch.events.append(("read", prompt))
-        return render(tokenizer, prompt, completion, *more)
+    def spied(tokenizer: Any, content: Any) -> Any:
+        watch.events.append(("read", content.prompt))
+        return render(tokenizer, content)
 
     monkeypatch.setattr(pfl_lm.data.federated, "render", spied)
     run(tmp_path, watch)
@@ -349,7 +349,7 @@ def test_a_seed_fixes_every_byte_and_another_one_changes_them(tmp_path: Path) ->
     other = results_in(run(tmp_path / "c", seed=8, **changes).folder)
 
     assert first == again
-    assert len(first) == 2 + 4 + 8  # metrics, index; states; adapters
+    assert len(first) == 2 + 4 + 12  # metrics, index; states; adapters with their cards
     for name in (name for name in first if not name.endswith("adapter_config.json")):
         assert first[name] != other[name], name
 

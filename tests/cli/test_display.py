@@ -12,7 +12,7 @@ from rich.console import Console
 import pfl_lm.cli.display as display
 from pfl_lm.cli.display import Display, Estimate, duration
 from pfl_lm.evaluate import Choice
-from pfl_lm.export import ClientResult
+from pfl_lm.export.adapters import ClientResult
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Workload
 from pfl_lm.report.table import client_table, summary_lines, worst_client
@@ -202,6 +202,8 @@ def test_the_last_lines_count_and_say_what_to_do_next() -> None:
         "/runs/tiny/metrics.csv",
         "next: load anna's adapter with  "
         'PeftModel.from_pretrained(model, "/runs/tiny/adapters/s")',
+        "      or see what a push to the Hub would send:  "
+        "pfl-lm push /runs/tiny --repo ORG/NAME --dry-run",
     ]
 
 
@@ -219,7 +221,7 @@ def test_names_in_the_table_are_text_and_never_markup(name: str) -> None:
     results = [client(name, "local", base=2.0, local=1.5)]
     rows = lines_of(results, width=120)
     assert rows[2] == f"{name} 2.000 1.500 local -0.500 helped"
-    assert name in summary_lines(results, Path("/r"))[-1]
+    assert name in summary_lines(results, Path("/r"))[-2]
 
 
 def test_a_long_name_is_folded_and_no_number_is_cut() -> None:

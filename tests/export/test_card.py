@@ -168,12 +168,14 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
 
     assert shown["data"] == {
         "path": HIDDEN,
+        "format": "auto",
         "client_column": HIDDEN,
         "split_column": HIDDEN,
+        "group_column": None,
         "validation_fraction": 0.125,
         "max_length": 512,
     }
-    assert shown["runtime"] == {"output_dir": HIDDEN, "threads": None}
+    assert shown["runtime"] == {"output_dir": HIDDEN, "parallel": "auto", "threads": None}
     assert shown["backbone"]["gguf_file"] == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert shown["training"]["optimizer"] == "sgd"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pfl_lm.errors import ExportError
-from pfl_lm.export import export_adapter
+from pfl_lm.export.folders import export_adapter
 from tests.tiny import tiny_model
 from tests.world import World, make_world
 
