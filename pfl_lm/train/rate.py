@@ -22,8 +22,8 @@ from pfl_lm.align import AlignmentState, alignment_step
 from pfl_lm.layout import Vector
 from pfl_lm.train.local import LocalTrainer
 
-TAU = 0.04
-"""τ, the share of the loss that a round's first-order decrease is set to."""
+TAU = 0.01
+"""τ, the share of the loss that a round's first-order decrease is set to: on the careful side."""
 
 PROBED_CLIENTS = 3
 """How many clients are asked for a rate; the median counts."""

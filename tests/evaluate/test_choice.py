@@ -50,11 +50,21 @@ CASES = {
     ),
     "the backbone stands where nothing beats it": (
         {"realigned": model(2.5), "local": model(2.6), BASE: model(2.0)},
-        (BASE, "no candidate beat the untouched backbone (realigned: +0.5000 nats a token)", 0, 0),
+        (
+            BASE,
+            "no candidate beat the untouched backbone (realigned: +0.5000 ± 0.0000 nats a token)",
+            0,
+            0,
+        ),
     ),
     "the backbone stands at a tie": (
         {"global": model(2.0), BASE: model(2.0)},
-        (BASE, "no candidate beat the untouched backbone (global: +0.0000 nats a token)", 0, 0),
+        (
+            BASE,
+            "no candidate beat the untouched backbone (global: +0.0000 ± 0.0000 nats a token)",
+            0,
+            0,
+        ),
     ),
     "any margin beats the backbone": (
         {"global": model(1.999, 0.3), BASE: model(2.0)},
@@ -62,7 +72,12 @@ CASES = {
     ),
     "a candidate that is better than the own one may still lose to the backbone": (
         {"realigned": model(3.0), "local": model(2.5), BASE: model(2.0)},
-        (BASE, "no candidate beat the untouched backbone (local: +0.5000 nats a token)", 0, 0),
+        (
+            BASE,
+            "no candidate beat the untouched backbone (local: +0.5000 ± 0.0000 nats a token)",
+            0,
+            0,
+        ),
     ),
     "the backbone is no rival of the own model before the last step": (
         {"realigned": model(2.0), "local": model(1.9), BASE: model(1.95)},
