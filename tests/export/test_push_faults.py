@@ -231,6 +231,15 @@ def test_what_a_fine_grained_token_may_do_is_left_to_the_hub(
     )
 
 
+def test_a_repository_that_the_token_is_not_good_for(run_folder: Path, hub: FakeHub) -> None:
+    hub.refuse(f"GET /api/models/{REPO}$", 401, X_Error_Code="RepoNotFound")
+
+    code, _, stderr = push(run_folder)
+
+    assert (code, hub.sent()) == (2, [])
+    assert stderr.startswith("the Hub does not accept this token (401)\n")
+
+
 BAD_IDS = ["adapters", "a/b/c", "me/a b", "me/..", "me/a--b", "/me", "me/", "me/x.git", "../x/y"]
 
 

@@ -42,8 +42,12 @@ tokens = torch.arange(24).view(2, 12)
 plain = model.eval()(tokens).logits
 here = PeftModel.from_pretrained(model, local).eval()(tokens).logits
 model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-there = PeftModel.from_pretrained(model, repo, subfolder="clients/alice").eval()(tokens).logits
+both = PeftModel.from_pretrained(model, repo, subfolder="clients/alice").eval()
+there = both(tokens).logits
 assert torch.equal(here, there) and not torch.equal(plain, there)
+both.load_adapter(repo, adapter_name="b", subfolder="clients/bob")
+both.set_adapter("b")
+assert not torch.equal(both(tokens).logits, there)
 code = re.search("```python\\n(.*?)```", open(card).read(), re.DOTALL)[1]
 exec(code.replace("max_new_tokens=64", "max_new_tokens=3"))
 print("loaded", model.peft_config["default"].base_model_name_or_path)
