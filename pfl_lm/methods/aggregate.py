@@ -16,7 +16,7 @@ from pfl_lm.errors import AggregationError
 from pfl_lm.layout import Vector
 
 if TYPE_CHECKING:
-    from pfl_lm.methods.base import LocalRun
+    from pfl_lm.methods.base import LocalRun, Upload
 
 Weighting = Literal["examples", "tokens", "uniform"]
 
@@ -30,6 +30,16 @@ def upload_weight(weighting: Weighting, run: LocalRun) -> float:
             return run.n_tokens
         case "uniform":
             return 1
+
+
+def mean_upload(uploads: Sequence[Upload], name: str) -> Vector:
+    """Return the weighted mean of one vector of every upload.
+
+    Raises:
+        AggregationError: as `weighted_mean`.
+    """
+    vectors = [upload.vectors[name] for upload in uploads]
+    return weighted_mean(vectors, [upload.weight for upload in uploads])
 
 
 def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector:

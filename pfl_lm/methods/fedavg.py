@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import upload_weight, weighted_mean
+from pfl_lm.methods.aggregate import mean_upload, upload_weight
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -52,9 +52,7 @@ class FedAvg(Method):
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded."""
-        vectors = [upload.vectors["weights"] for upload in uploads]
-        average = weighted_mean(vectors, [upload.weight for upload in uploads])
-        return ServerState({"global_weights": average})
+        return ServerState({"global_weights": mean_upload(uploads, "weights")})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
         """Return the global weights, and the client's after its last local training."""

@@ -29,7 +29,7 @@ import torch
 
 from pfl_lm.align import AlignmentState, offset_after_round, realigned_start
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import upload_weight, weighted_mean
+from pfl_lm.methods.aggregate import mean_upload, upload_weight
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -89,9 +89,7 @@ class PFLAlign(Method):
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, as FedAvg does."""
-        vectors = [upload.vectors["weights"] for upload in uploads]
-        average = weighted_mean(vectors, [upload.weight for upload in uploads])
-        return ServerState({"global_weights": average})
+        return ServerState({"global_weights": mean_upload(uploads, "weights")})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
         """Return the realigned start of the next round, the local and the global weights."""
