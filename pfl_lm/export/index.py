@@ -28,7 +28,7 @@ def _one_line(text: str) -> str:
 
 
 Split = Literal["validation", "test"]
-Line = Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(_one_line)]
+Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,80}$")]
@@ -136,5 +136,5 @@ def parse_index(content: bytes, where: str) -> AdapterIndex:
         at = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ExportError(
             f"{where}: not an index of adapters as this version writes it: {at}: {first['msg']}",
-            hint="export the run again with this version of pfl-lm, or take the file as it was",
+            hint="run the recipe again with this version, or put the file back as it was written",
         ) from None
