@@ -27,6 +27,7 @@ def _one_line(text: str) -> str:
     return text
 
 
+Prompts = Literal["chat", "text"]
 Split = Literal["validation", "test"]
 Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
@@ -43,19 +44,20 @@ class _Strict(BaseModel):
 
 
 class RunEntry(_Strict):
-    """The run as a whole: rounds, and how long one client's turn in a round is."""
+    """The run as a whole: rounds, how long one client's turn in a round is, how it was prompted."""
 
     name: RunName
     method: Name
     rounds: Count
     turn: Line
+    prompts: Prompts
 
 
 class BaseEntry(_Strict):
     """The backbone: a Hub id, or the folder it was loaded from."""
 
-    model_name_or_path: Line | None
-    revision: Line | None
+    model_name_or_path: str | None
+    revision: str | None
     dtype: Name
 
 

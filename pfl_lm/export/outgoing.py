@@ -124,7 +124,7 @@ def _content(run_folder: Path, index: AdapterIndex, client: str, repo: str, name
         return _portable_config(content, run_folder / path)
     if name == CARD:
         place = Place(repo, subfolder=f"clients/{entry.slug}")
-        return _with_place(content, load_section(base_model(index.base), place))
+        return _with_place(content, load_section(base_model(index), place))
     return content
 
 
