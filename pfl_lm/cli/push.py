@@ -13,7 +13,7 @@ from pfl_lm.cli.exits import plain
 from pfl_lm.errors import HubError
 from pfl_lm.export.card_text import count, size
 from pfl_lm.export.hub import push as send
-from pfl_lm.export.plan import Plan, plan_push
+from pfl_lm.export.plan import Plan, check_repo_id, plan_push
 from pfl_lm.export.remote import Remote
 
 
@@ -25,6 +25,7 @@ def push(run: Path, repo: str, clients: list[str], *, public: bool, dry_run: boo
     """
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    check_repo_id(repo)
     disable_progress_bars()
     logging.set_verbosity_error()
     if dry_run:

@@ -55,14 +55,21 @@ class ClientData:
 
 
 class FederatedDataset:
-    """The clients' data by id. Made by ``build``; nothing in it changes afterwards."""
+    """The clients' data by id. Made by ``build``; nothing in it changes afterwards.
+
+    Attributes:
+        plain_text: whether all of it is text that is learnt without a chat template.
+    """
 
     def __init__(
         self,
         clients: Mapping[str, ClientData],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        *,
+        plain_text: bool = False,
     ) -> None:
+        self.plain_text = plain_text
         self._clients = clients
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -84,7 +91,8 @@ class FederatedDataset:
         """
         # Before any row; texts are written without a template.
         contents = [row.content for rows in records_by_client.values() for row in rows.train]
-        if not contents or not all(isinstance(content, Text) for content in contents):
+        plain_text = bool(contents) and all(isinstance(content, Text) for content in contents)
+        if not plain_text:
             check_tokenizer(tokenizer)
         clients: dict[str, ClientData] = {}
         problems = Problems()
@@ -103,7 +111,7 @@ class FederatedDataset:
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
         )
-        return cls(clients, tokenizer, max_length)
+        return cls(clients, tokenizer, max_length, plain_text=plain_text)
 
     def __len__(self) -> int:
         return len(self._clients)

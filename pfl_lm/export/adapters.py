@@ -19,6 +19,7 @@ from pfl_lm.export.index import (
     AdapterIndex,
     BaseEntry,
     ClientEntry,
+    Prompts,
     RowCounts,
     RunEntry,
     Split,
@@ -96,7 +97,7 @@ def _run_facts(recipe: Recipe, side: ClientSide, backbone: Backbone) -> RunFacts
     packages = ("torch", "transformers", "peft", "lightning")
     return RunFacts(
         recipe=recipe,
-        base=BaseModel(hub_id(backbone.name), backbone.revision, _dtype(backbone)),
+        base=BaseModel(hub_id(backbone.name), backbone.revision, _dtype(backbone), _prompts(side)),
         clients=frozenset(side.dataset.client_ids),
         versions={"pfl-lm": pfl_lm.__version__, **{name: version(name) for name in packages}},
     )
@@ -123,6 +124,10 @@ def _row_counts(client: str, side: ClientSide) -> RowCounts:
     )
 
 
+def _prompts(side: ClientSide) -> Prompts:
+    return "text" if side.dataset.plain_text else "chat"
+
+
 def _dtype(backbone: Backbone) -> str:
     return str(backbone.dtype).removeprefix("torch.")
 
@@ -144,6 +149,7 @@ def _index(
             method=recipe.method.name,
             rounds=recipe.federation.rounds,
             turn=recipe.training.length,
+            prompts=_prompts(side),
         ),
         base=BaseEntry(
             model_name_or_path=backbone.name, revision=backbone.revision, dtype=_dtype(backbone)

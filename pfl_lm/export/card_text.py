@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pfl_lm.export.index import BaseEntry
+from pfl_lm.export.index import AdapterIndex, Prompts
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
@@ -24,11 +24,16 @@ _OPEN, _CLOSE = "<!-- pfl-lm: load -->\n", "<!-- /pfl-lm: load -->\n"
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The backbone as a card names it: ``hub_id`` is None where it is only a folder somewhere."""
+    """The backbone as a card names it, and how it is spoken to.
+
+    ``hub_id`` is None where it is only a folder somewhere; ``prompts`` is ``text`` where the data
+    was learnt without a chat template.
+    """
 
     hub_id: str | None
     revision: str | None
     dtype: str
+    prompts: Prompts = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,10 @@ def hub_id(name: str | None) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None
 
 
-def base_model(entry: BaseEntry) -> BaseModel:
+def base_model(index: AdapterIndex) -> BaseModel:
     """Return the base model of an index as a card names it."""
-    return BaseModel(hub_id(entry.model_name_or_path), entry.revision, entry.dtype)
+    base = index.base
+    return BaseModel(hub_id(base.model_name_or_path), base.revision, base.dtype, index.run.prompts)
 
 
 def safe(text: str) -> str:
@@ -118,10 +124,13 @@ def _code(base: BaseModel, place: Place) -> Iterable[str]:
     yield f"model = AutoModelForCausalLM.from_pretrained(base{at}, dtype={quoted(base.dtype)})"
     yield f"model = PeftModel.from_pretrained(model, adapter{in_folder})"
     yield ""
-    yield 'messages = [{"role": "user", "content": "Who are you?"}]'
-    yield "prompt = tokenizer.apply_chat_template("
-    yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-    yield ")"
+    if base.prompts == "text":
+        yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+    else:
+        yield 'messages = [{"role": "user", "content": "Who are you?"}]'
+        yield "prompt = tokenizer.apply_chat_template("
+        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ")"
     yield 'answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]'
     yield "print(tokenizer.decode(answer, skip_special_tokens=True))"
 

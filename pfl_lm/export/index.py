@@ -27,8 +27,9 @@ def _one_line(text: str) -> str:
     return text
 
 
+Prompts = Literal["chat", "text"]
 Split = Literal["validation", "test"]
-Line = Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(_one_line)]
+Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,80}$")]
@@ -43,19 +44,20 @@ class _Strict(BaseModel):
 
 
 class RunEntry(_Strict):
-    """The run as a whole: rounds, and how long one client's turn in a round is."""
+    """The run as a whole: rounds, how long one client's turn in a round is, how it was prompted."""
 
     name: RunName
     method: Name
     rounds: Count
     turn: Line
+    prompts: Prompts
 
 
 class BaseEntry(_Strict):
     """The backbone: a Hub id, or the folder it was loaded from."""
 
-    model_name_or_path: Line | None
-    revision: Line | None
+    model_name_or_path: str | None
+    revision: str | None
     dtype: Name
 
 
@@ -136,5 +138,5 @@ def parse_index(content: bytes, where: str) -> AdapterIndex:
         at = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ExportError(
             f"{where}: not an index of adapters as this version writes it: {at}: {first['msg']}",
-            hint="export the run again with this version of pfl-lm, or take the file as it was",
+            hint="run the recipe again with this version, or put the file back as it was written",
         ) from None

@@ -77,12 +77,12 @@ def choose_clients(index: AdapterIndex, wanted: Sequence[str]) -> list[str]:
     by_name |= {client: client for client in index.clients}
     chosen: set[str] = set()
     for text in wanted:
-        for name in [text] if text in by_name else text.split(","):
-            if name.strip() not in by_name:
-                near = difflib.get_close_matches(name.strip(), by_name, n=1)
+        for name in [text] if text in by_name else map(str.strip, text.split(",")):
+            if name not in by_name:
+                near = difflib.get_close_matches(name, by_name, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "adapters.json lists the clients"
-                raise ExportError(f"--clients: this run has no client {name.strip()!r}", hint=hint)
-            chosen.add(by_name[name.strip()])
+                raise ExportError(f"--clients: this run has no client {name!r}", hint=hint)
+            chosen.add(by_name[name])
     return sorted(chosen or index.clients)
 
 
@@ -124,7 +124,7 @@ def _content(run_folder: Path, index: AdapterIndex, client: str, repo: str, name
         return _portable_config(content, run_folder / path)
     if name == CARD:
         place = Place(repo, subfolder=f"clients/{entry.slug}")
-        return _with_place(content, load_section(base_model(index.base), place))
+        return _with_place(content, load_section(base_model(index), place))
     return content
 
 

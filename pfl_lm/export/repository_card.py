@@ -19,7 +19,7 @@ _HEAD = ("client", "folder", "its model", "rows", "scored on", "base", "its own"
 
 def repository_card(index: AdapterIndex, repo: str) -> str:
     """Return the index card of ``repo``, which holds the clients of ``index``."""
-    base, run = base_model(index.base), index.run
+    base, run = base_model(index), index.run
     name = f"`{base.hub_id}`" if base.hub_id else "a base model that is not on the Hub"
     first = next(iter(index.clients.values()))
     rows = [_row(client, entry) for client, entry in index.clients.items()]

@@ -73,7 +73,13 @@ def two_clients(name: str = "alice") -> AdapterIndex:
     kept = entry | {"slug": "z", "candidate": "base", "scores": {"validation": {"base": 2.0}}}
     content = {
         "format": 1,
-        "run": {"name": "quick_start", "method": "pflalign", "rounds": 3, "turn": "4 steps"},
+        "run": {
+            "name": "quick_start",
+            "method": "pflalign",
+            "rounds": 3,
+            "turn": "4 steps",
+            "prompts": "chat",
+        },
         "base": {"model_name_or_path": "org/base", "revision": "main", "dtype": "bfloat16"},
         "clients": {name: entry, "zoe": kept},
     }

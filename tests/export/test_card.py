@@ -224,6 +224,14 @@ def test_the_code_to_load_is_python(base: BaseModel, place: Place) -> None:
     compile(code, "card", "exec")
 
 
+@pytest.mark.parametrize("place", [Place("a"), Place("o/r", "clients/a")])
+def test_what_was_learnt_without_a_chat_template_is_asked_without_one(place: Place) -> None:
+    code = load_section(BaseModel("o/b", None, "float32", "text"), place)
+
+    assert "apply_chat_template" not in code
+    assert 'prompt = tokenizer("Once upon a time", return_tensors="pt")\n' in code
+
+
 def test_the_load_section_is_replaced_and_nothing_else() -> None:
     base = BaseModel("o/b", None, "float32")
     here, there = load_section(base, Place("a")), load_section(base, Place("o/r", "clients/a"))

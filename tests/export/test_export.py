@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +44,7 @@ def test_the_index_says_what_was_exported(finished_run: Path) -> None:
         "method": "pflalign",
         "rounds": 2,
         "turn": "2 steps",
+        "prompts": "chat",
     }
     assert index.base.model_name_or_path == BASE_ID
     assert {client: entry.slug for client, entry in index.clients.items()} == {
@@ -79,12 +81,24 @@ def test_a_run_again_elsewhere_gives_the_same_bytes(finished_run: Path, tmp_path
     assert (again / "adapters.json").read_bytes() == (finished_run / "adapters.json").read_bytes()
 
 
-def test_the_cards_code_runs_from_the_run_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
-    run = finetune(load_recipe(tiny_recipe(tmp_path, **{"method.name": "fedavg"}))).folder
+@pytest.mark.parametrize("prompts", ["chat", "text"])
+def test_the_cards_code_runs_from_the_run_folder(
+    prompts: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"method.name": "fedavg"}
+    if prompts == "text":
+        rows = [
+            {"client": row["client"], "text": row["completion"], "split": row["split"]}
+            for row in client_rows()
+        ]
+        changes["data.path"] = str(write_jsonl(tmp_path / "texts.jsonl", rows))
+    run = finetune(load_recipe(tiny_recipe(tmp_path, **changes))).folder
+    assert read_index(run).run.prompts == prompts
     card = (run / "adapters" / "bob" / "README.md").read_text()
     found = re.search("```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
     assert str(tiny_model_dir) not in card
+    assert ("apply_chat_template" in found[1]) == (prompts == "chat")
 
     done = subprocess.run(
         [sys.executable, "-c", found[1].replace("max_new_tokens=64", "max_new_tokens=3")],

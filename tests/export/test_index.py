@@ -16,7 +16,13 @@ from pfl_lm.export.sealed import read_sealed
 
 GOOD: dict[str, Any] = {
     "format": 1,
-    "run": {"name": "r", "method": "pflalign", "rounds": 2, "turn": "2 steps"},
+    "run": {
+        "name": "r",
+        "method": "pflalign",
+        "rounds": 2,
+        "turn": "2 steps",
+        "prompts": "chat",
+    },
     "base": {"model_name_or_path": "org/base", "revision": None, "dtype": "float32"},
     "clients": {
         name: {
@@ -52,6 +58,7 @@ BROKEN: list[tuple[tuple[str, ...], Any, str]] = [
     ((*ALICE, "scores"), {"test": {"base": "1"}}, "clients.a.scores.test.base: Input should be"),
     ((*ALICE, "rows", "train"), -1, "clients.a.rows.train: Input should be greater than"),
     (("run", "name"), "a/b", "run.name: String should match pattern"),
+    (("run", "prompts"), "shout", "run.prompts: Input should be"),
     (("run", "rounds"), True, "run.rounds: Input should be a valid integer"),
     (("base", "dtype"), "float32; rm", "base.dtype: String should match pattern"),
 ]
@@ -90,7 +97,8 @@ def test_an_index_reads_back_as_it_was_written() -> None:
 
 
 def test_a_client_of_any_name_reads_back() -> None:
-    content = GOOD | {"clients": {"](x) <b> \u202e é": GOOD["clients"]["a"]}}
+    names = {"a": "](x) <b> \u202e é", "b": "x" * 50_000}
+    content = GOOD | {"clients": {name: GOOD["clients"][of] for of, name in names.items()}}
 
     index = parse_index(json.dumps(content).encode(), "x")
 

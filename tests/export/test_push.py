@@ -90,6 +90,18 @@ def test_an_id_with_commas_is_one_client(run_folder: Path, hub: FakeHub) -> None
     assert set(hub.repos[REPO].files) == of_clients("bob")
 
 
+@pytest.mark.parametrize("client", [" bob", "bob ", "a, b "])
+def test_an_id_with_spaces_around_it_is_one_client(
+    client: str, run_folder: Path, hub: FakeHub
+) -> None:
+    index = json.loads((run_folder / "adapters.json").read_text())
+    index["clients"][client] = index["clients"].pop("bob")
+    (run_folder / "adapters.json").write_text(json.dumps(index))
+
+    assert push(run_folder, "--clients", client)[0] == 0
+    assert list(parse_index(hub.repos[REPO].files["adapters.json"], "").clients) == [client]
+
+
 def test_an_unknown_client_is_named_before_anything_is_asked(
     run_folder: Path, hub: FakeHub
 ) -> None:

@@ -250,7 +250,7 @@ def test_names_no_repository_can_have(repo: str, run_folder: Path, hub: FakeHub)
 
     code, _, stderr = push(run_folder, repo=repo)
     assert (code, hub.received) == (2, [])
-    assert "name it as --repo ORG/NAME" in stderr
+    assert stderr.splitlines()[-1].startswith("  hint: name it as --repo ORG/NAME")
 
 
 def test_somebody_else_pushing_at_the_same_time(run_folder: Path, hub: FakeHub) -> None:
