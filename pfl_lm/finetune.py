@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
+from pfl_lm.report.tracking import tracked
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import RateTooHighError
 
@@ -91,10 +92,11 @@ def finetune(
 
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResult:
     """Do what one rank alone does: open the run folder, run the rounds, export, report."""
-    folder = loaded.run_folder
+    folder, runtime = loaded.run_folder, loaded.recipe.runtime
     ledger = _open(loaded, folder, names, fixed.dataset)
     try:
-        side, server = _run(loaded.recipe, fixed, ledger)
+        with tracked(fixed.watch, runtime, folder, names) as watch:
+            side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
         if fixed.accelerator.num_processes > 1:
             dismiss()
         results = export_adapters(folder, side, server, fixed.backbone, ledger)

@@ -268,3 +268,8 @@ class RuntimeOptions(Options):
         ge=1,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
+    tracking: Literal["none", "tensorboard"] = Field(
+        default="none",
+        description="tensorboard: also write every round's and every turn's numbers to `logs/` in "
+        'the run folder, for `tensorboard --logdir`; needs `pip install "pfl-lm[tracking]"`.',
+    )
