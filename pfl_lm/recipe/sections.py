@@ -36,6 +36,8 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
     return value if value == "auto" else number(value)
 
 
+_Rate = Annotated[float, Field(gt=0)]
+_OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
 
@@ -190,7 +192,7 @@ class FederationOptions(Options):
 class TrainingOptions(Options):
     """What a client does within one round; names as in Hugging Face's TrainingArguments."""
 
-    learning_rate: Annotated[float, Field(gt=0), WrapValidator(_auto_or_number), _AS_IT_IS] = Field(
+    learning_rate: Annotated[_Rate, _OR_AUTO, _AS_IT_IS] = Field(
         description="Step size, or `auto` for pflalign on the gradient, which needs one 10 to 40 "
         "times that of plain SGD.",
         examples=[0.002],
