@@ -191,7 +191,11 @@ def _open(
     clients = [
         (c.id, names[c.id], len(c.train), len(c.validation), len(c.test_rows)) for c in dataset
     ]
-    ledger.open_run(about, clients)
+    try:
+        ledger.open_run(about, clients)
+    except BaseException:
+        ledger.close()
+        raise
     return ledger
 
 
