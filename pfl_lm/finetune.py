@@ -22,9 +22,9 @@ from pfl_lm.errors import PflError
 from pfl_lm.export import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
-from pfl_lm.federation.fleet.ranks import RankFleet, dismiss, serve
+from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
-from pfl_lm.federation.fleet.start import join_ranks, lone_launch, set_threads
+from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
@@ -75,7 +75,7 @@ def finetune(
         watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    with accelerator.main_process_first():  # one rank converts what has to be converted
+    with rank_0_first(accelerator):  # one rank converts what has to be converted
         backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
@@ -85,7 +85,8 @@ def finetune(
     store = Store(loaded.run_folder, names, accelerator.device)
     fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
     if main:
-        return _lead(loaded, fixed, names)
+        with leading(accelerator):
+            return _lead(loaded, fixed, names)
     serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
     return RunResult(loaded.run_folder, ())
 
@@ -97,8 +98,6 @@ def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResu
     try:
         with tracked(fixed.watch, runtime, folder, names) as watch:
             side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
-        if fixed.accelerator.num_processes > 1:
-            dismiss()
         results = export_adapters(folder, side, server, fixed.backbone, ledger)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
