@@ -58,6 +58,14 @@ class HubError(PflError):
     """The Hub cannot be reached, or refuses what was asked of it."""
 
 
+class DismissedError(PflError):
+    """Rank 0 has failed and says why; this rank ends with it and has nothing to add."""
+
+
+class LostRankError(PflError):
+    """Another rank of this job is gone."""
+
+
 def listed(where: str, problems: Sequence[str]) -> str:
     """Lay out several problems under one heading, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from pfl_lm.errors import PflError
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import cohort
-from pfl_lm.federation.fleet.ranks import RankFleet, dismiss, serve
+from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
-from pfl_lm.federation.fleet.start import join_ranks, lone_launch, set_threads
+from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
@@ -39,6 +39,7 @@ from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
+from pfl_lm.report.tracking import tracked
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import RateTooHighError
 
@@ -74,7 +75,7 @@ def finetune(
         watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    with accelerator.main_process_first():  # one rank converts what has to be converted
+    with rank_0_first(accelerator):  # one rank converts what has to be converted
         backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
@@ -84,27 +85,21 @@ def finetune(
     store = Store(loaded.run_folder, names, accelerator.device)
     fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
     if main:
-        return _lead(loaded, fixed, names)
+        with leading(accelerator):
+            return _lead(loaded, fixed, names)
     serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
     return RunResult(loaded.run_folder, ())
 
 
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResult:
     """Do what one rank alone does: open the run folder, run the rounds, export, report."""
-    folder = loaded.run_folder
+    folder, runtime = loaded.run_folder, loaded.recipe.runtime
     ledger = _open(loaded, folder, names, fixed.dataset)
     try:
-        side, server = _run(loaded.recipe, fixed, ledger)
-        if fixed.accelerator.num_processes > 1:
-            dismiss()
-        results = export_adapters(
-            folder,
-            with_training(loaded.recipe, side.training),
-            side,
-            server,
-            fixed.backbone,
-            ledger,
-        )
+        with tracked(fixed.watch, runtime, folder, names) as watch:
+            side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
+        recipe = with_training(loaded.recipe, side.training)
+        results = export_adapters(folder, recipe, side, server, fixed.backbone, ledger)
         write_metrics(folder / "metrics.csv", ledger)
     except BaseException:
         with suppress(PflError):  # what was scored before the end is worth keeping
@@ -196,7 +191,11 @@ def _open(
     clients = [
         (c.id, names[c.id], len(c.train), len(c.validation), len(c.test_rows)) for c in dataset
     ]
-    ledger.open_run(about, clients)
+    try:
+        ledger.open_run(about, clients)
+    except BaseException:
+        ledger.close()
+        raise
     return ledger
 
 

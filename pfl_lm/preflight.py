@@ -14,7 +14,7 @@ from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError, RecipeError
 from pfl_lm.model.package import gguf_path
-from pfl_lm.recipe.checks import refuse_no_model, refuse_occupied
+from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker, refuse_occupied
 from pfl_lm.recipe.draft import read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions
@@ -40,7 +40,7 @@ def preflight(loaded: LoadedRecipe) -> dict[str, ClientRows]:
         PflError: the data, the backbone or the run folder cannot be used; all that is wrong.
     """
     recipe = loaded.recipe
-    clients, faults = _check(Parts(recipe.backbone, recipe.data, loaded.run_folder))
+    clients, faults = _check(Parts(recipe.backbone, recipe.data, loaded.run_folder, recipe.runtime))
     if faults or clients is None:
         raise _one(faults)
     return clients
@@ -66,6 +66,7 @@ def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     clients = _try(_read_clients, parts.data, faults)
     _try(_find_backbone, parts.backbone, faults)
     _try(refuse_occupied, parts.run_folder, faults)
+    _try(refuse_no_tracker, parts.runtime, faults)
     return clients, faults
 
 

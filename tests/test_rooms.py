@@ -38,7 +38,8 @@ RANK["__main__"] = RANK["cli"]
 
 TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
-    *("pfl_lm.preflight", "pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
+    *("pfl_lm.recipe.reference", "pfl_lm.preflight"),
+    *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
 MOST_LINES = 450

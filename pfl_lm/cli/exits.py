@@ -10,7 +10,7 @@ from unicodedata import category
 import typer
 
 from pfl_lm.cli.interrupts import Interrupted
-from pfl_lm.errors import PflError
+from pfl_lm.errors import DismissedError, PflError
 
 OURS = 1
 INPUT = 2
@@ -37,6 +37,9 @@ def exits(*, debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
+    except DismissedError:
+        _trace(debug)
+        raise typer.Exit(INPUT) from None
     except PflError as error:
         _trace(debug)
         typer.echo(plain(str(error)), err=True)

@@ -70,6 +70,9 @@ class Ledger:
         self.path = path
         try:
             self._connection = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
+        try:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
@@ -77,6 +80,7 @@ class Ledger:
                 f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
         except sqlite3.OperationalError as error:
+            self._connection.close()
             raise self._unwritable(error) from error
 
     def close(self) -> None:
@@ -197,10 +201,10 @@ class Ledger:
             raise
 
     def _unwritable(self, error: sqlite3.OperationalError) -> RunFolderError:
-        return RunFolderError(
-            f"{self.path}: cannot be written: {error}",
-            hint="make room on this disk; what was committed before is intact",
-        )
+        hint = "see that the folder can be written to and that its disk has room"
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            hint = "make room on this disk; what was committed before is intact"
+        return RunFolderError(f"{self.path}: cannot be written: {error}", hint=hint)
 
 
 def size_in_bytes(vectors: Iterable[Vector]) -> int:

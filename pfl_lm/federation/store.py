@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 
 from pfl_lm.errors import RunFolderError
 from pfl_lm.federation.messages import StateFile
-from pfl_lm.files import write_atomically
+from pfl_lm.files import explained, write_atomically
 from pfl_lm.layout import Vector
 from pfl_lm.methods import ClientState, ServerState, Upload
 
@@ -59,11 +59,12 @@ class Store:
         """Remove files that a newer commit has replaced, and folders this leaves empty."""
         for name in paths:
             path = self.run_folder / name
-            path.unlink(missing_ok=True)
-            folder = path.parent
-            while folder != self.run_folder and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-                folder = folder.parent
+            with explained(path):
+                path.unlink(missing_ok=True)
+                folder = path.parent
+                while folder != self.run_folder and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+                    folder = folder.parent
 
     def _write(
         self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]

@@ -63,3 +63,40 @@ class Watch:
 
     def round(self, report: RoundReport) -> None:
         """Hear of a round, aggregated and scored."""
+
+
+class Watches(Watch):
+    """Passes everything on to several, in their order."""
+
+    def __init__(self, *watches: Watch) -> None:
+        self.watches = watches
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.note(text)
+
+    def begin(self, workload: Workload) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.begin(workload)
+
+    def step(self) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.step()
+
+    def rows(self, n: int) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.rows(n)
+
+    def turn(self, update: Update) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.turn(update)
+
+    def round(self, report: RoundReport) -> None:
+        """Pass it on."""
+        for watch in self.watches:
+            watch.round(report)

@@ -1,11 +1,13 @@
-"""What a valid recipe needs from the disk: a model folder that is one, an empty run folder."""
+"""What a valid recipe needs of this machine: a model folder, an empty run folder, its extras."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
-from pfl_lm.errors import ModelError, RunFolderError
+from pfl_lm.errors import ModelError, PflError, RunFolderError
+from pfl_lm.recipe.sections import RuntimeOptions
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -44,3 +46,16 @@ def refuse_no_model(folder: Path) -> None:
     missing += [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
     if missing:
         raise ModelError(f"{key}: {folder}: has no {' and no '.join(missing)}", hint=hint)
+
+
+def refuse_no_tracker(runtime: RuntimeOptions) -> None:
+    """Check that the package which ``runtime.tracking`` asks for is installed; it is not imported.
+
+    Raises:
+        PflError: it is not.
+    """
+    if runtime.tracking == "tensorboard" and find_spec("tensorboard") is None:
+        raise PflError(
+            "runtime.tracking: tensorboard is not installed here",
+            hint='pip install "pfl-lm[tracking]"',
+        )

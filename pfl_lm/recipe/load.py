@@ -46,6 +46,7 @@ class Parts:
     backbone: BackboneOptions | None
     data: DataOptions | None
     run_folder: Path | None
+    runtime: RuntimeOptions | None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -88,8 +89,8 @@ def valid_parts(draft: Draft) -> Parts:
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, data, None)
-    return Parts(backbone, data, Path(runtime.output_dir) / name if runtime else None)
+        return Parts(backbone, data, None, runtime)
+    return Parts(backbone, data, Path(runtime.output_dir) / name if runtime else None, runtime)
 
 
 def _part(

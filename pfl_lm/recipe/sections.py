@@ -36,6 +36,8 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
     return value if value == "auto" else number(value)
 
 
+_Rate = Annotated[float, Field(gt=0)]
+_OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
 
@@ -205,7 +207,7 @@ class FederationOptions(Options):
 class TrainingOptions(Options):
     """What a client does within one round; names as in Hugging Face's TrainingArguments."""
 
-    learning_rate: Annotated[float, Field(gt=0), WrapValidator(_auto_or_number), _AS_IT_IS] = Field(
+    learning_rate: Annotated[_Rate, _OR_AUTO, _AS_IT_IS] = Field(
         description="Step size, or `auto` for pflalign on the gradient, which needs one 10 to 40 "
         "times that of plain SGD.",
         examples=[0.002],
@@ -282,4 +284,9 @@ class RuntimeOptions(Options):
         default=None,
         ge=1,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
+    )
+    tracking: Literal["none", "tensorboard"] = Field(
+        default="none",
+        description="tensorboard: also write every round's and every turn's numbers to `logs/` in "
+        'the run folder, for `tensorboard --logdir`; needs `pip install "pfl-lm[tracking]"`.',
     )

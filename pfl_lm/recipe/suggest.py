@@ -34,6 +34,7 @@ _SYNONYMS = {
     "method": ("algorithm", "strategy"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
+    "runtime.tracking": ("tracker", "report_to", "logger", "tensorboard"),
     "training": ("train", "trainer"),
     "training.learning_rate": ("lr", "eta"),
     "training.max_steps": ("steps", "local_steps"),

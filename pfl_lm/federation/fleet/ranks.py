@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from pfl_lm.errors import PflError
+from pfl_lm.errors import DismissedError, LostRankError, PflError
+from pfl_lm.evaluate import BASE
 from pfl_lm.federation.client import ClientSide
+from pfl_lm.federation.fleet.start import connected
 from pfl_lm.federation.messages import Assignment, Update
 from pfl_lm.layout import Vector
 from pfl_lm.recipe import TrainingOptions
@@ -38,6 +41,13 @@ class _Wave:
 
     training: TrainingOptions
     tasks: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """There is nothing more to do, since all is done or since rank 0 has failed."""
+
+    failed: bool
 
 
 class RankFleet:
@@ -65,7 +75,7 @@ class RankFleet:
                 yield _update_on(update, self.side.start.device)
 
     def _together(self, wave: _Wave) -> list[Update]:
-        _received(wave)
+        _shared(wave)
         updates = []
         for outcome in _outcomes(wave, self.side, self.accelerator):
             if isinstance(outcome, PflError):
@@ -78,30 +88,55 @@ class RankFleet:
     def _count(self, update: Update) -> None:
         for _ in range(update.steps_done):
             self.side.watch.step()
-        if rows := sum(score.rows for score in update.scores):
+        finishing = update.choice is not None  # the backbone's own rows are known by then
+        rows = sum(
+            score.rows
+            for score in update.scores
+            if not (finishing and (score.split, score.candidate) == ("validation", BASE))
+        )
+        if rows:
             self.side.watch.rows(rows)
+
+
+@contextmanager
+def leading(accelerator: Accelerator) -> Iterator[None]:
+    """Do rank 0's part in the body, and let the other ranks go when it is over, well or not."""
+    try:
+        yield
+    except LostRankError:  # nobody can be sure to be heard
+        raise
+    except Exception:
+        if accelerator.num_processes > 1:
+            with suppress(LostRankError):
+                _shared(_End(failed=True))
+        raise
+    if accelerator.num_processes > 1:
+        _shared(_End(failed=False))
 
 
 def serve(make_side: Callable[[TrainingOptions], ClientSide], accelerator: Accelerator) -> None:
     """Work on a rank other than 0 until the orchestrator says that it is done.
 
     ``make_side`` builds the client side for the training options a wave is meant for.
+
+    Raises:
+        DismissedError: rank 0 has failed.
+        LostRankError: a rank is gone.
     """
     side: ClientSide | None = None
-    while (wave := _received(None)) is not None:
-        if side is None or side.training != wave.training:
-            side = make_side(wave.training)
-        _outcomes(wave, side, accelerator)
+    while isinstance(task := _shared(None), _Wave):
+        if side is None or side.training != task.training:
+            side = make_side(task.training)
+        _outcomes(task, side, accelerator)
+    if task is None or task.failed:
+        raise DismissedError("rank 0 has failed")
 
 
-def dismiss() -> None:
-    """Tell every other rank that there is nothing more to do."""
-    broadcast_object_list([None], from_process=0)
-
-
-def _received(wave: _Wave | None) -> _Wave | None:
-    box: list[_Wave | None] = [wave]
-    broadcast_object_list(box, from_process=0)
+def _shared(message: _Wave | _End | None) -> _Wave | _End | None:
+    """Send rank 0's message to every rank; the others give None and get it."""
+    box: list[_Wave | _End | None] = [message]
+    with connected():
+        broadcast_object_list(box, from_process=0)
     return box[0]
 
 
@@ -119,7 +154,8 @@ def _outcomes(
             mine = [error]
         except Exception:
             mine = [traceback.format_exc()]
-    gathered: list[Update | PflError | str] = gather_object(mine)
+    with connected():
+        gathered: list[Update | PflError | str] = gather_object(mine)
     return gathered
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
-from pfl_lm.errors import PflError
+from pfl_lm.errors import LostRankError, PflError
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import RuntimeOptions
@@ -17,6 +21,8 @@ _TWO_RANKS = (
     "torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
     "(on CPUs with ACCELERATE_USE_CPU=true before it)"
 )
+_PATIENCE = timedelta(days=7)
+"""How long a rank waits for another one's client: turns may differ by as much as clients do."""
 
 
 def join_ranks(runtime: RuntimeOptions) -> Accelerator:
@@ -25,7 +31,7 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
     Raises:
         PflError: ranks were asked for, and there is one process.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     if accelerator.num_processes == 1 and runtime.parallel == "clients":
         raise PflError(
             f"runtime.parallel: clients needs several processes, and this is the only one"
@@ -33,6 +39,38 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
             hint=f"start it with  {_TWO_RANKS}",
         )
     return accelerator
+
+
+@contextmanager
+def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
+    """Let rank 0 through the body before the others, which then find what it has made.
+
+    Raises:
+        LostRankError: on another rank, if rank 0 did not come through.
+    """
+    if accelerator.is_main_process:
+        yield
+        accelerator.wait_for_everyone()
+    else:
+        with connected():
+            accelerator.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Talk to other ranks in the body; one that has ended in the meantime is no bug of this one.
+
+    Raises:
+        LostRankError: the connection is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            "another rank has ended before its time",
+            hint="it has said why; if it said nothing it was killed, as for want of memory",
+        ) from error
 
 
 def lone_launch() -> str | None:

@@ -1,0 +1,42 @@
+"""What the tests start on every rank: the command line, once for each recipe.
+
+python -m tests.federation.rank_runs [--failing CLIENT | --dying CLIENT] RECIPE...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from pfl_lm.cli.app import main
+from pfl_lm.errors import DivergedError
+from pfl_lm.federation.client import ClientSide
+from pfl_lm.federation.messages import Assignment, Update
+
+
+def spoil(how: str, client: str) -> None:
+    """Let a client's turns fail, or end the process that they are on."""
+    train = ClientSide._train
+
+    def spoiled(self: ClientSide, task: Assignment) -> Update:
+        if task.client != client:
+            return train(self, task)
+        if how == "--dying":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DivergedError(f"client {client!r} on rank {os.environ['RANK']}", hint="lower it")
+
+    ClientSide._train = spoiled  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    while given:
+        if given[0].startswith("--"):
+            spoil(given.pop(0), given.pop(0))
+        sys.argv = ["pfl-lm", "finetune", given.pop(0)]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
