@@ -159,3 +159,6 @@ def test_debug_always_shows_a_traceback(
 
 def test_text_of_others_cannot_act_on_the_terminal() -> None:
     assert plain("fr:Géo\u00a0é\n\x1b[31m\r😀") == "fr:Géo\u00a0é\n\\x1b[31m\\r😀"
+    assert plain("a\u202eb\u2066c\u2028d\u200de\u05d0") == (
+        "a\\u202eb\\u2066c\\u2028d\u200de\u05d0"
+    )
