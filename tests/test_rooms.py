@@ -28,6 +28,7 @@ ORDER = (
     ("federation",),
     ("export",),
     ("report",),
+    ("plan",),
     ("preflight", "finetune"),
     ("cli",),
 )
