@@ -45,11 +45,21 @@ def _pfl_lm(
 
 
 @app.command()
-def finetune(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+def finetune(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, as `plan` does.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Fine-tune one adapter per client, as the recipe says.
 
     OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
     """
+    if dry_run:
+        plan(recipe, overrides, debug)
+        return
     with exits(debug=debug):
         from pfl_lm.cli.finetune import finetune as verb
 
@@ -64,6 +74,18 @@ def validate(recipe: RecipePath, overrides: Overrides = None, debug: Debug = Fal
     """
     with exits(debug=debug):
         from pfl_lm.cli.validate import validate as verb
+
+        verb(recipe, overrides or [])
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Say what a run would be: clients, sizes, memory, files; load no weights, write nothing.
+
+    OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.plan import plan as verb
 
         verb(recipe, overrides or [])
 
