@@ -90,6 +90,25 @@ def plan(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) 
         verb(recipe, overrides or [])
 
 
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    client: Annotated[
+        str | None, typer.Option("--client", metavar="ID", help="Only this client.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show one example of each client as the model sees it, lengths, and rows that stand twice.
+
+    OVERRIDES change keys of the recipe: data.max_length=256
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.preview import preview as verb
+
+        verb(recipe, overrides or [], client)
+
+
 def main() -> None:
     """Run the command line; every exit is a `SystemExit`."""
     for stream in (sys.stdout, sys.stderr):

@@ -44,8 +44,9 @@ def run_alone(*arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_help_imports_nothing_heavy() -> None:
-    assert run_alone("--help") == "heavy:"
+@pytest.mark.parametrize("verb", [(), ("finetune",), ("plan",), ("preview",)])
+def test_help_imports_nothing_heavy(verb: tuple[str, ...]) -> None:
+    assert run_alone(*verb, "--help") == "heavy:"
 
 
 def test_validate_imports_nothing_heavy(tmp_path: Path, clients_jsonl: Path) -> None:
