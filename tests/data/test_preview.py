@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from pfl_lm.data.chat import render
+from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.preview import ClientPreview, Spread, pieces, preview_clients, supervised
 from pfl_lm.data.sources import read_records
-from pfl_lm.data.splits import split_clients
+from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.recipe import DataOptions
 from tests.tiny import client_rows, write_jsonl
 
@@ -15,15 +15,36 @@ LONG = " and so on" * 60
 
 
 @pytest.fixture
-def preview(tmp_path: Any, tiny_tokenizer: Any) -> Any:
+def clients(tmp_path: Any) -> Any:
+    """Return a function from rows to the clients that a run would have."""
+
+    def of(rows: list[dict[str, str]]) -> dict[str, ClientRows]:
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        options = DataOptions(path=str(path), split_column="split")
+        return split_clients(read_records(options), 0.2)
+
+    return of
+
+
+@pytest.fixture
+def preview(clients: Any, tiny_tokenizer: Any) -> Any:
     """Return a function from rows to their previews by client."""
 
     def of(rows: list[dict[str, str]], max_length: int = 128) -> dict[str, ClientPreview]:
-        path = write_jsonl(tmp_path / "rows.jsonl", rows)
-        options = DataOptions(path=str(path), split_column="split")
-        clients = split_clients(read_records(options), 0.2)
-        previews = preview_clients(clients, tiny_tokenizer, max_length)
+        previews = preview_clients(clients(rows), tiny_tokenizer, max_length)
         return {each.id: each for each in previews}
+
+    return of
+
+
+@pytest.fixture
+def render(clients: Any, tiny_tokenizer: Any) -> Any:
+    """Return a function from a prompt and its answer to the example that a run makes of them."""
+
+    def of(prompt: str, answer: str) -> Any:
+        rows = [row("a", prompt, split, answer) for split in ("train", "validation")]
+        [example] = FederatedDataset.build(clients(rows), tiny_tokenizer, 1000).train("a")
+        return example
 
     return of
 
@@ -32,8 +53,8 @@ def row(client: str, said: str, split: str = "train", answer: str = "yes") -> di
     return {"client": client, "prompt": said, "completion": answer, "split": split}
 
 
-def test_the_pieces_are_the_rendered_text(tiny_tokenizer: Any) -> None:
-    example = render(tiny_tokenizer, "Hällo\n?", "Grüß 😀 <|im_end|> dich")
+def test_the_pieces_are_the_rendered_text(render: Any, tiny_tokenizer: Any) -> None:
+    example = render("Hällo\n?", "Grüß 😀 <|im_end|> dich")
     found = list(pieces(example, tiny_tokenizer))
     assert [piece.supervised for piece in found] == [False, True, False]
     assert found[0].text.endswith("user\nHällo\n?<|im_end|>\n<|im_start|>assistant\n")
@@ -41,8 +62,10 @@ def test_the_pieces_are_the_rendered_text(tiny_tokenizer: Any) -> None:
     assert found[2].text == "\n"
 
 
-def test_supervised_tokens_are_told_by_what_leaving_them_off_changes(tiny_tokenizer: Any) -> None:
-    example = render(tiny_tokenizer, "Hi", "Hello!")
+def test_supervised_tokens_are_told_by_what_leaving_them_off_changes(
+    render: Any, tiny_tokenizer: Any
+) -> None:
+    example = render("Hi", "Hello!")
     marks = supervised(example)
     assert len(marks) == len(example.input_ids)
     assert sum(marks) == example.n_supervised
@@ -50,11 +73,11 @@ def test_supervised_tokens_are_told_by_what_leaving_them_off_changes(tiny_tokeni
     assert tiny_tokenizer.decode(kept) == "Hello!<|im_end|>"
 
 
-def test_lengths_are_of_whole_rows_of_every_split(preview: Any, tiny_tokenizer: Any) -> None:
+def test_lengths_are_of_whole_rows_of_every_split(preview: Any, render: Any) -> None:
     rows = client_rows(["alice"], n_rows=8)
     rows[-1]["completion"] += LONG  # a test row
     rows[0]["prompt"] += LONG
-    whole = [render(tiny_tokenizer, r["prompt"], r["completion"]) for r in rows]
+    whole = [render(r["prompt"], r["completion"]) for r in rows]
     lengths = sorted(len(example.input_ids) for example in whole)
     counts = sorted(example.n_supervised for example in whole)
 
