@@ -6,7 +6,7 @@ Every check runs even if another one fails, so that a person sees all there is t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,21 +33,26 @@ class Checked:
     clients: dict[str, ClientRows]
 
 
-def preflight(loaded: LoadedRecipe) -> dict[str, ClientRows]:
+def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientRows]:
     """Check the files that a valid recipe names, and return every client's rows.
+
+    The run folder is looked at only if there is to be a run.
 
     Raises:
         PflError: the data, the backbone or the run folder cannot be used; all that is wrong.
     """
     recipe = loaded.recipe
-    clients, faults = _check(Parts(recipe.backbone, recipe.data, loaded.run_folder, recipe.runtime))
+    folder = loaded.run_folder if to_run else None
+    clients, faults = _check(Parts(recipe.backbone, recipe.data, folder, recipe.runtime))
     if faults or clients is None:
         raise _one(faults)
     return clients
 
 
-def check_recipe(path: Path, overrides: Sequence[str] = ()) -> Checked:
+def check_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Checked:
     """Check a recipe and the files it names, as far as each can be checked by itself.
+
+    The run folder is looked at only if there is to be a run.
 
     Raises:
         PflError: anything is wrong; all of it, the recipe's own problems first.
@@ -56,9 +61,10 @@ def check_recipe(path: Path, overrides: Sequence[str] = ()) -> Checked:
     try:
         loaded = check_draft(draft)
     except RecipeError as error:
-        _, faults = _check(valid_parts(draft))
+        parts = valid_parts(draft)
+        _, faults = _check(parts if to_run else replace(parts, run_folder=None))
         raise _one([error, *faults]) from None
-    return Checked(loaded, preflight(loaded))
+    return Checked(loaded, preflight(loaded, to_run=to_run))
 
 
 def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:

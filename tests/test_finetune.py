@@ -375,6 +375,28 @@ def test_another_process_with_another_hash_seed_ends_the_same(tmp_path: Path) ->
     assert str(tmp_path / "other" / "tiny" / "adapters") in done.stdout
 
 
+@pytest.mark.parametrize("rate", [0.1, "auto"])
+def test_the_resolved_recipe_starts_the_same_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float | str
+) -> None:
+    """From its place in the run folder, though paths were relative and keys overridden."""
+    write_jsonl(tmp_path / "rows.jsonl", client_rows())
+    relative = {"data.path": "rows.jsonl", "runtime.output_dir": "runs"}
+    recipe = tiny_recipe(tmp_path, **relative, **{"training.learning_rate": rate})
+    first = finetune(load_recipe(recipe, ["seed=3", "adapter.r=4"])).folder
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe.unlink()
+
+    again = finetune(load_recipe(first / "recipe.resolved.yaml", ["name=again"])).folder
+
+    assert again == first.with_name("again")
+    assert results_in(again) == results_in(first)
+    assert any(name.startswith("adapters/") for name in results_in(first))
+    resolved = [(folder / "recipe.resolved.yaml").read_text() for folder in (first, again)]
+    assert resolved[0].replace("name: tiny", "name: again") == resolved[1]
+
+
 def pfl_lm_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pfl_lm", *arguments]
 

@@ -28,6 +28,7 @@ ORDER = (
     ("federation",),
     ("export",),
     ("report",),
+    ("plan",),
     ("preflight", "finetune"),
     ("cli",),
 )
@@ -40,6 +41,7 @@ TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
     *("pfl_lm.recipe.reference", "pfl_lm.preflight"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
+    *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
 MOST_LINES = 450

@@ -45,11 +45,21 @@ def _pfl_lm(
 
 
 @app.command()
-def finetune(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+def finetune(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, as `plan` does.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Fine-tune one adapter per client, as the recipe says.
 
     OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
     """
+    if dry_run:
+        plan(recipe, overrides, debug)
+        return
     with exits(debug=debug):
         from pfl_lm.cli.finetune import finetune as verb
 
@@ -66,6 +76,37 @@ def validate(recipe: RecipePath, overrides: Overrides = None, debug: Debug = Fal
         from pfl_lm.cli.validate import validate as verb
 
         verb(recipe, overrides or [])
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Say what a run would be: clients, sizes, memory, files; load no weights, write nothing.
+
+    OVERRIDES change keys of the recipe: federation.rounds=6 adapter.r=16
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.plan import plan as verb
+
+        verb(recipe, overrides or [])
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    client: Annotated[
+        str | None, typer.Option("--client", metavar="ID", help="Only this client.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show one example of each client as the model sees it, lengths, and rows that stand twice.
+
+    OVERRIDES change keys of the recipe: data.max_length=256
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.preview import preview as verb
+
+        verb(recipe, overrides or [], client)
 
 
 @app.command()

@@ -17,10 +17,18 @@ INPUT = 2
 INTERRUPTED = 130
 
 
+_ACTS = {"Cc", "Cs", "Zl", "Zp"}
+"""Control characters, halves of surrogate pairs, line and paragraph separators."""
+
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction of the text around them."""
+
+
 def plain(text: str) -> str:
     """Return text with control characters escaped, so that it cannot act on a terminal."""
-    acts = {"Cc", "Cs"}  # control characters and halves of surrogate pairs
-    return "".join(repr(c)[1:-1] if category(c) in acts and c != "\n" else c for c in text)
+    return "".join(
+        repr(c)[1:-1] if c != "\n" and (category(c) in _ACTS or c in _TURNS) else c for c in text
+    )
 
 
 @contextmanager

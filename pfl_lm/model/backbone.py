@@ -81,7 +81,7 @@ def load_backbone(
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(source, options, error) from error
+        raise not_loaded(source, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False
     model.eval().to(device)
@@ -120,7 +120,8 @@ def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:
     return options.model_name_or_path
 
 
-def _not_loaded(source: str | Path, options: BackboneOptions, error: Exception) -> ModelError:
+def not_loaded(source: str | Path, options: BackboneOptions, error: Exception) -> ModelError:
+    """Return what to tell a person about a backbone that transformers could not load."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         hint = "the folder needs config.json, tokenizer files and model.safetensors"

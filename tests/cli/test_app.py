@@ -44,8 +44,9 @@ def run_alone(*arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_help_imports_nothing_heavy() -> None:
-    assert run_alone("--help") == "heavy:"
+@pytest.mark.parametrize("verb", [(), ("finetune",), ("plan",), ("preview",)])
+def test_help_imports_nothing_heavy(verb: tuple[str, ...]) -> None:
+    assert run_alone(*verb, "--help") == "heavy:"
 
 
 def test_validate_imports_nothing_heavy(tmp_path: Path, clients_jsonl: Path) -> None:
@@ -159,3 +160,6 @@ def test_debug_always_shows_a_traceback(
 
 def test_text_of_others_cannot_act_on_the_terminal() -> None:
     assert plain("fr:Géo\u00a0é\n\x1b[31m\r😀") == "fr:Géo\u00a0é\n\\x1b[31m\\r😀"
+    assert plain("a\u202eb\u2066c\u2028d\u200de\u05d0") == (
+        "a\\u202eb\\u2066c\\u2028d\u200de\u05d0"
+    )

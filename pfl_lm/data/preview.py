@@ -1,0 +1,170 @@
+"""What the model will be shown of each client: an example, lengths, and rows that stand twice.
+
+Everything is counted on whole examples, as the tokenizer renders them, and only then cut; rows are
+the same if their tokens are. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby, pairwise
+from statistics import median
+from typing import TYPE_CHECKING
+
+from pfl_lm.data.examples import Example
+from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.splits import ClientRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WHOLE = 2**62
+"""A length that no example has."""
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of an example, and whether its tokens are supervised."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The least, the middle and the most of a number over rows."""
+
+    least: int
+    middle: float
+    most: int
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Spread:
+        """Return the spread of at least one number."""
+        return cls(min(numbers), median(numbers), max(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPreview:
+    """The rows of one split.
+
+    Attributes:
+        cut: rows that lose their end at ``max_length``, but not all supervised tokens.
+        dropped: rows of which no supervised token is left.
+        twice: rows that stand in this split already.
+    """
+
+    rows: int
+    cut: int
+    dropped: int
+    twice: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPreview:
+    """What there is to see of one client.
+
+    Attributes:
+        tokens: of whole rows, all splits.
+        supervised: supervised tokens of whole rows, all splits.
+        across: how many different rows stand in both of two splits.
+        elsewhere: how many of its validation and test rows are another client's train rows.
+        example: the first train row that is not dropped, as it will be trained on.
+        example_cut_from: the tokens it had, if it is cut.
+    """
+
+    id: str
+    splits: dict[str, SplitPreview]
+    tokens: Spread
+    supervised: Spread
+    across: dict[tuple[str, str], int]
+    elsewhere: int
+    example: tuple[Piece, ...]
+    example_cut_from: int | None
+
+
+def preview_clients(
+    rows_by_client: Mapping[str, ClientRows], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[ClientPreview]:
+    """Tokenize all rows and look at each client, in the order of their ids.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or is not a fast one.
+        DataError: the template cannot write a row.
+    """
+    dataset = FederatedDataset.build(rows_by_client, tokenizer, _WHOLE)
+    examples = {
+        client.id: {
+            "train": client.train,
+            "validation": client.validation,
+            "test": dataset.test(client.id),
+        }
+        for client in dataset
+    }
+    owners = Counter(
+        row
+        for splits in examples.values()
+        for row in {example.input_ids for example in splits["train"]}
+    )
+    previews = []
+    for client, splits in examples.items():
+        n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
+        previews.append(_client(client, splits, n_rows, owners, tokenizer, max_length))
+    return previews
+
+
+def _client(
+    client: str,
+    splits: Mapping[str, Sequence[Example]],
+    n_rows: Mapping[str, int],
+    owners: Counter[Tokens],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> ClientPreview:
+    everything = [example for examples in splits.values() for example in examples]
+    different = {name: {e.input_ids for e in examples} for name, examples in splits.items()}
+    held_out = different["validation"] | different["test"]
+    shown = next((e for e in splits["train"] if e.cut(max_length).n_supervised), None)
+    is_cut = shown is not None and len(shown.input_ids) > max_length
+    return ClientPreview(
+        id=client,
+        splits={name: _split(n_rows[name], splits[name], max_length) for name in splits},
+        tokens=Spread.of([len(example.input_ids) for example in everything]),
+        supervised=Spread.of([example.n_supervised for example in everything]),
+        across={
+            (a, b): len(different[a] & different[b])
+            for a, b in combinations(splits, 2)
+            if different[a] & different[b]
+        },
+        elsewhere=sum(owners[row] > (row in different["train"]) for row in held_out),
+        example=() if shown is None else tuple(pieces(shown.cut(max_length), tokenizer)),
+        example_cut_from=len(shown.input_ids) if shown is not None and is_cut else None,
+    )
+
+
+def _split(n_rows: int, examples: Sequence[Example], max_length: int) -> SplitPreview:
+    kept = [example for example in examples if example.cut(max_length).n_supervised]
+    return SplitPreview(
+        rows=n_rows,
+        cut=sum(len(example.input_ids) > max_length for example in kept),
+        dropped=n_rows - len(kept),
+        twice=len(examples) - len({example.input_ids for example in examples}),
+    )
+
+
+def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """Yield an example's text, in stretches that are supervised or are not."""
+    marked = zip(supervised(example), example.input_ids, strict=True)
+    for mark, stretch in groupby(marked, key=lambda pair: pair[0]):
+        ids = [token for _, token in stretch]
+        yield Piece(tokenizer.decode(ids, clean_up_tokenization_spaces=False), mark)
+
+
+def supervised(example: Example) -> list[bool]:
+    """Return for each token whether it is supervised: whether leaving it off leaves one less."""
+    counts = [example.cut(n).n_supervised for n in range(len(example.input_ids) + 1)]
+    return [after > before for before, after in pairwise(counts)]

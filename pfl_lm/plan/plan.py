@@ -1,0 +1,169 @@
+"""A run, planned: everything up to the first round but the weights, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from pfl_lm.data.examples import Example
+from pfl_lm.data.federated import ClientData, FederatedDataset
+from pfl_lm.data.splits import ClientRows
+from pfl_lm.layout import AdapterLayout
+from pfl_lm.methods import METHODS, Setup
+from pfl_lm.model.adapter import Adapter
+from pfl_lm.model.backbone import pick_dtype
+from pfl_lm.model.outline import find_source, outline_backbone
+from pfl_lm.plan.files import Disk, cohorts, planned_disk
+from pfl_lm.plan.memory import Memory, process_bytes, vector_bytes
+from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
+from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
+from pfl_lm.recipe import LoadedRecipe, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPlan:
+    """One client's rows by split, what became of them, and its optimizer steps in a round.
+
+    ``cut`` and ``dropped`` are of train and validation rows, ``tokens`` the supervised ones of the
+    train rows.
+    """
+
+    id: str
+    train: int
+    validation: int
+    test: int
+    tokens: int
+    cut: int
+    dropped: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would be.
+
+    Attributes:
+        device: where the backbone would be.
+        dtype: the precision of its weights there.
+        parameters: how many it has.
+        layout: of every adapter.
+        in_round: how many clients train in a round.
+        steps: optimizer steps of all rounds and clients.
+        memory: None if this backbone's code asks for numbers, which a plan has not got.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+    layout: AdapterLayout
+    clients: tuple[ClientPlan, ...]
+    in_round: int
+    steps: int
+    traffic: Traffic
+    memory: Memory | None
+    disk: Disk
+
+
+def make_plan(
+    loaded: LoadedRecipe,
+    rows_by_client: Mapping[str, ClientRows],
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Plan a run of a recipe that was checked. Reads no weights, trains nothing, writes nothing.
+
+    Raises:
+        PflError: the run would be refused: a client without supervised tokens, a module that is
+            not there, a backbone that is none.
+    """
+    recipe = loaded.recipe
+    device = Accelerator().device
+    dtype = pick_dtype(recipe.backbone.dtype, device)
+    source = find_source(recipe.backbone, say)
+    outline = outline_backbone(source, recipe.backbone, dtype)
+    backbone = outline.backbone
+    parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+    with torch.device("meta"):
+        adapter = Adapter(backbone, recipe.adapter, seed=0)
+    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
+    process = process_bytes()  # before the rehearsal, which a run does not need
+
+    layout = adapter.layout
+    setup = Setup(layout, len(dataset), recipe.seed, recipe.training)
+    traffic = count_traffic(METHODS[recipe.method.name](recipe.method, setup), layout)
+    clients = tuple(_client(client, recipe) for client in dataset)
+    steps = {client.id: client.steps for client in clients}
+    taking_part = cohorts(recipe, dataset.client_ids)
+    blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, say)
+    memory = None
+    if blocks is not None:
+        memory = Memory(
+            process=process,
+            weights=parameters * dtype.itemsize,
+            file=0 if outline.stored == dtype else parameters * outline.stored.itemsize,
+            vectors=vector_bytes(recipe, layout, traffic, len(taking_part[0])),
+            blocks=blocks,
+            on_host=device.type == "cpu",
+        )
+    return Plan(
+        device=device,
+        dtype=dtype,
+        parameters=parameters,
+        layout=layout,
+        clients=clients,
+        in_round=len(taking_part[0]),
+        steps=sum(steps[client] for chosen in taking_part for client in chosen),
+        traffic=traffic,
+        memory=memory,
+        disk=planned_disk(recipe, dataset.client_ids, traffic, FLOAT * layout.d),
+    )
+
+
+def _client(client: ClientData, recipe: Recipe) -> ClientPlan:
+    counts = client.counts.values()
+    return ClientPlan(
+        id=client.id,
+        train=len(client.train),
+        validation=len(client.validation),
+        test=len(client.test_rows),
+        tokens=sum(example.n_supervised for example in client.train),
+        cut=sum(count.truncated for count in counts),
+        dropped=sum(count.dropped for count in counts),
+        steps=recipe.training.steps_for(client.n_train),
+    )
+
+
+def _rehearsed(
+    adapter: Adapter,
+    shapes: tuple[Shape, Shape],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Rehearsal | None:
+    try:
+        return rehearse(adapter.model, *shapes, device)
+    except RuntimeError as error:  # whatever a fake tensor cannot do is one
+        say(f"no estimate of memory: {str(error).strip().splitlines()[0][:200]}")
+        return None
+
+
+def _shapes(recipe: Recipe, dataset: FederatedDataset) -> tuple[Shape, Shape]:
+    """Return the largest batch of training and of scoring."""
+    training = recipe.training
+    train = [(client.train, training.per_device_train_batch_size) for client in dataset]
+    scored = [
+        (examples, training.per_device_eval_batch_size)
+        for client in dataset
+        for examples in (client.validation, dataset.test(client.id))
+    ]
+    return _largest(train), _largest(scored)
+
+
+def _largest(batches: Sequence[tuple[Sequence[Example], int]]) -> Shape:
+    shapes = [
+        Shape(min(size, len(examples)), max(len(example.input_ids) for example in examples))
+        for examples, size in batches
+        if examples
+    ]
+    return max(shapes, key=lambda shape: shape.rows * shape.tokens)

@@ -1,0 +1,73 @@
+"""What a method keeps and sends, counted on vectors of zeros through the method's own rules.
+
+One client takes one turn in which training moves nothing. So there is no table of sizes to keep: a
+method that sends half a vector, or keeps five, is counted as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pfl_lm.federation.ledger import size_in_bytes
+from pfl_lm.layout import AdapterLayout, Vector
+from pfl_lm.methods import ClientInfo, Method
+
+FLOAT = 4
+"""Bytes of one number of an adapter, which is float32 whatever the backbone is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of tensors, by what they are.
+
+    Attributes:
+        state: what a client keeps between its turns, by the vectors' names.
+        server: what the server keeps between rounds.
+        up: what one client sends in a turn.
+        down: what one client is sent for a turn.
+        candidates: the models a client's own is chosen from, without the backbone.
+    """
+
+    state: dict[str, int]
+    server: int
+    up: int
+    down: int
+    candidates: tuple[str, ...]
+
+
+@dataclass
+class _NoTraining:
+    """A `LocalRun` that ends where it starts."""
+
+    steps: int = 1
+    n_examples: int = 1
+    n_tokens: int = 1
+    summary: dict[str, float] = field(default_factory=dict)
+
+    def train(self, start: Vector, **how: Any) -> Vector:
+        """Return the start."""
+        return start.clone()
+
+    def loss_and_grad(self, at: Vector, batch: Mapping[str, Any]) -> tuple[float, Vector]:
+        """Return a gradient of zeros."""
+        return 0.0, torch.zeros_like(at)
+
+
+def count_traffic(method: Method, layout: AdapterLayout) -> Traffic:
+    """Take one turn without training, and measure what is kept and what is sent."""
+    start = torch.zeros(layout.d)
+    server = method.init_server(start)
+    sent = method.broadcast(server, "")
+    before = method.init_client(ClientInfo("", 1, layout), start)
+    upload, after = method.turn(sent, before, _NoTraining())
+    return Traffic(
+        state={name: size_in_bytes([vector]) for name, vector in sorted(after.vectors.items())},
+        server=size_in_bytes(server.vectors.values()),
+        up=size_in_bytes(upload.vectors.values()),
+        down=size_in_bytes(sent.vectors.values()),
+        candidates=tuple(method.candidates(sent, after)),
+    )
