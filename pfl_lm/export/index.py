@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pfl_lm.errors import ExportError
-from pfl_lm.export.sealed import read_sealed
+from pfl_lm.sealed import read_sealed
 
 NAME = "adapters.json"
 BASE = "base"

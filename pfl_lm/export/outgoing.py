@@ -18,7 +18,7 @@ from pathlib import Path
 from pfl_lm.errors import ExportError
 from pfl_lm.export.card_text import Place, base_model, hub_id, load_section, with_load_section
 from pfl_lm.export.index import AdapterIndex, BaseEntry
-from pfl_lm.export.sealed import read_sealed
+from pfl_lm.sealed import read_sealed
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 TOKENIZER = (

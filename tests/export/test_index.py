@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pfl_lm.errors import ExportError
+from pfl_lm.errors import ExportError, RunFolderError
 from pfl_lm.export.index import parse_index, read_index
-from pfl_lm.export.sealed import read_sealed
+from pfl_lm.sealed import read_sealed
 
 GOOD: dict[str, Any] = {
     "format": 1,
@@ -130,7 +130,7 @@ def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
         ("nope", "cannot be read: No such file"),
         ("file/in", "a link, or below one"),
     ]:
-        with pytest.raises(ExportError, match=said):
+        with pytest.raises(RunFolderError, match=said):
             read_sealed(tmp_path, name, 10)
 
 
@@ -140,7 +140,7 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     (run / "folder").mkdir(parents=True)
     (tmp_path / "secret").write_text("secret")
 
-    with pytest.raises(ExportError, match="is not a name within a run folder"):
+    with pytest.raises(RunFolderError, match="is not a name within a run folder"):
         read_sealed(run, name, 100)
 
 
@@ -153,7 +153,7 @@ def test_no_link_is_followed(at: str, tmp_path: Path) -> None:
     (run / at).parent.mkdir(parents=True)
     (run / at).symlink_to(outside if at == "folder" else outside / "file")
 
-    with pytest.raises(ExportError, match="links in a run folder are not followed"):
+    with pytest.raises(RunFolderError, match="links in a run folder are not followed"):
         read_sealed(run, "folder/file", 100)
 
 
@@ -163,7 +163,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
 
     for name in ["folder/file", "folder/nope", "folder", "../x", "folder/../x", "nope/file"] * 20:
-        with pytest.raises(ExportError):
+        with pytest.raises(RunFolderError):
             read_sealed(tmp_path, name, 10)
 
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
