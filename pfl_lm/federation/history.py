@@ -1,0 +1,235 @@
+"""What a ledger says: the read side of a run, from its open database.
+
+A round is *over* once its row in ``rounds`` is there; until then its cohort is drawn, and its turns
+and faults are what has happened of it so far. No torch here: a run can be looked at quickly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pfl_lm.federation.schema import explained
+
+if TYPE_CHECKING:
+    from pfl_lm.evaluate import Choice
+
+MOST_TRIES = 2
+"""How often a client's turn is tried in one round before the client sits it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A file of a run's state, as a row names it: path within the run folder, and SHA-256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One client of a run, as it was when it came in.
+
+    Attributes:
+        rows_sha256: of its rows; None if an older program did not note it.
+        joined: the last round that was over when it came; it takes part in later ones.
+        data_path: the file it brought along; None if it is in the recipe's data.
+    """
+
+    client: str
+    slug: str
+    n_train: int
+    n_validation: int
+    n_test: int
+    rows_sha256: str | None = None
+    joined: int = 0
+    data_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One committed turn; ``upload`` is None for one that no aggregate takes in."""
+
+    client: str
+    upload: StateFile | None
+    bytes_up: int
+    summary: Mapping[str, float]
+    seconds: float
+
+
+class History:
+    """Questions to a ledger. Every answer is of what has been committed.
+
+    Raises:
+        RunFolderError: from every method, if the file cannot be read.
+    """
+
+    path: Path
+    _connection: sqlite3.Connection
+
+    def about(self) -> dict[str, str]:
+        """Return what the run is: recipe, versions, the chosen learning rate."""
+        return dict(self._ask("SELECT key, value FROM run ORDER BY key"))
+
+    def members(self) -> list[Member]:
+        """Return every client, in id order."""
+        rows = self._ask(
+            "SELECT client, slug, n_train, n_validation, n_test, rows_sha256, joined, data_path "
+            "FROM clients ORDER BY client"
+        )
+        return [Member(*row) for row in rows]
+
+    def removed(self) -> set[str]:
+        """Return the digests of clients that were removed."""
+        return {digest for (digest,) in self._ask("SELECT client_digest FROM removed")}
+
+    def last_round(self) -> int | None:
+        """Return the last round that is over; None before round 0 is."""
+        [(last,)] = self._ask("SELECT max(round) FROM rounds")
+        return None if last is None else int(last)
+
+    def last_begun(self) -> int:
+        """Return the last round whose cohort was drawn; 0 before any."""
+        [(last,)] = self._ask("SELECT coalesce(max(round), 0) FROM cohorts")
+        return int(last)
+
+    def server_file(self, round: int) -> StateFile:
+        """Return the file of the server's state after a round that is over."""
+        [found] = self._ask("SELECT state_path, state_sha256 FROM rounds WHERE round = ?", round)
+        return StateFile(*found)
+
+    def state_file(self, client: str) -> StateFile | None:
+        """Return the file of a client's last committed turn; None before its first."""
+        found = self._ask(
+            "SELECT state_path, state_sha256 FROM turns WHERE client = ? "
+            "ORDER BY round DESC LIMIT 1",
+            client,
+        )
+        return StateFile(*found[0]) if found else None
+
+    def cohort(self, round: int) -> list[str] | None:
+        """Return who takes part in a round, in id order; None before it was drawn."""
+        rows = self._ask("SELECT client FROM cohorts WHERE round = ? ORDER BY client", round)
+        return [client for (client,) in rows] or None
+
+    def waiting(self, round: int) -> list[str]:
+        """Return who of a round's cohort has yet to take its turn and may, in id order."""
+        rows = self._ask(
+            "SELECT client FROM cohorts LEFT JOIN turns USING (round, client) "
+            "WHERE round = ? AND state_path IS NULL AND tries < ? ORDER BY client",
+            round,
+            MOST_TRIES,
+        )
+        return [client for (client,) in rows]
+
+    def last_fault(self, round: int, client: str) -> str | None:
+        """Return the kind of a client's last fault in a round."""
+        found = self._ask(
+            "SELECT kind FROM faults WHERE round = ? AND client = ? ORDER BY try DESC LIMIT 1",
+            round,
+            client,
+        )
+        return str(found[0][0]) if found else None
+
+    def faults(self, round: int) -> dict[str, tuple[str, str]]:
+        """Return kind and message of the last fault of each client that had one in a round."""
+        rows = self._ask(
+            "SELECT client, kind, message FROM faults WHERE round = ? ORDER BY try", round
+        )
+        return {client: (kind, message) for client, kind, message in rows}
+
+    def turns(self, round: int) -> list[Turn]:
+        """Return the turns of a round's cohort, in client-id order."""
+        rows = self._ask(
+            "SELECT client, upload_path, upload_sha256, bytes_up, summary, seconds FROM turns "
+            "JOIN cohorts USING (round, client) WHERE round = ? ORDER BY client",
+            round,
+        )
+        return [
+            Turn(
+                client, StateFile(path, sha256) if path else None, up, json.loads(summary), seconds
+            )
+            for client, path, sha256, up, summary, seconds in rows
+        ]
+
+    def scored(self, round: int) -> set[str]:
+        """Return the clients that were scored after a round."""
+        return {c for (c,) in self._ask("SELECT client FROM scores WHERE round = ?", round)}
+
+    def chosen(self, round: int) -> set[str]:
+        """Return the clients whose model was chosen after a round, their final scoring done."""
+        return {c for (c,) in self._ask("SELECT client FROM choices WHERE round = ?", round)}
+
+    def validation(self, round: int, candidate: str) -> dict[str, float]:
+        """Return one candidate's validation scores after a round, nats a token, by client."""
+        rows = self._ask(
+            "SELECT client, nll FROM scores "
+            "WHERE round = ? AND candidate = ? AND split = 'validation' ORDER BY client",
+            round,
+            candidate,
+        )
+        return dict(rows)
+
+    def scores(self) -> list[tuple[int, str, str, str, float]]:
+        """Return every score as (round, client, split, candidate, nll), in that order."""
+        return self._ask(
+            "SELECT round, client, split, candidate, nll FROM scores ORDER BY 1, 2, 3, 4"
+        )
+
+    def choices(self) -> dict[str, Choice]:
+        """Return every client's choice, in id order."""
+        from pfl_lm.evaluate import Choice
+
+        rows = self._ask(
+            "SELECT client, candidate, reason, margin, standard_error FROM choices ORDER BY client"
+        )
+        return {client: Choice(*choice) for client, *choice in rows}
+
+    def traffic(self) -> dict[str, tuple[int, int, int]]:
+        """Return (turns, bytes down, bytes up) of every client that trained, in id order."""
+        rows = self._ask(
+            "SELECT client, count(*), sum(bytes_down), sum(bytes_up) FROM turns "
+            "GROUP BY client ORDER BY client"
+        )
+        return {client: (turns, down, up) for client, turns, down, up in rows}
+
+    def live_files(self) -> list[StateFile]:
+        """Return every file that is still needed: it must be there, and no other one must."""
+        rows = self._ask(
+            "SELECT state_path, state_sha256 FROM rounds "
+            "WHERE round = (SELECT max(round) FROM rounds) "
+            "UNION SELECT state_path, state_sha256 FROM turns AS turn WHERE round = "
+            "(SELECT max(round) FROM turns WHERE client = turn.client) "
+            "UNION SELECT upload_path, upload_sha256 FROM turns WHERE upload_path IS NOT NULL "
+            "AND round > (SELECT coalesce(max(round), -1) FROM rounds)"
+        )
+        return [StateFile(*row) for row in rows]
+
+    def superseded(self, round: int) -> list[str]:
+        """Return the files that the commit of this round's aggregate has made useless.
+
+        Its uploads, the server's state before it, and what its cohort's clients wrote before.
+        """
+        rows = self._ask(
+            "SELECT upload_path FROM turns WHERE round = :round AND upload_path IS NOT NULL "
+            "UNION SELECT state_path FROM rounds WHERE round = :round - 1 "
+            "UNION SELECT old.state_path FROM turns new JOIN turns old ON old.client = new.client "
+            "AND old.round = (SELECT max(round) FROM turns "
+            "WHERE client = new.client AND round < :round) WHERE new.round = :round",
+            round=round,
+        )
+        return sorted(path for (path,) in rows)
+
+    def _ask(self, query: str, *given: object, **named: object) -> list[tuple]:  # type: ignore[type-arg]
+        with explained(self.path):
+            return self._connection.execute(query, named or given).fetchall()
+
+
+def client_digest(client: str) -> str:
+    """Return what a ledger remembers of the id of a client that was removed."""
+    return hashlib.sha256(client.encode()).hexdigest()
