@@ -1,8 +1,8 @@
 """What happens on a client's machine: the one place where a method meets a client's data.
 
 A task comes in, its state is read from disk, the method runs, the state is written, and only then
-does an update go out. Nothing of a client outlives its task in memory, save how the untouched
-backbone did on its validation rows.
+does an update go out. A turn that fails leaves the state as it was. Nothing of a client outlives
+its task in memory, save how the untouched backbone did on its validation rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
-from pfl_lm.federation.messages import Assignment, Score, StateFile, Update
+from pfl_lm.federation.faults import attempted, in_smaller_batches, refuse_not_finite
+from pfl_lm.federation.history import StateFile
+from pfl_lm.federation.messages import Assignment, Score, Update
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import Vector
@@ -43,7 +45,7 @@ class ClientSide:
         """Do one task and return what may leave the client."""
         match task.kind:
             case "train":
-                return self._train(task)
+                return attempted(self._train, task)
             case "evaluate":
                 return self._evaluate(task)
             case "finish":
@@ -61,12 +63,14 @@ class ClientSide:
         found = dict(self.method.candidates(sent, self.state(client, file)))
         return {**found, BASE: self.adapter.layout.without_effect(self.start)}
 
-    def local_run(self, client: str, steps: int, seed: int) -> LocalTrainer:
+    def local_run(
+        self, client: str, steps: int, seed: int, *, halved: bool = False
+    ) -> LocalTrainer:
         """Return what a method may do with this client's data in a turn of ``steps`` steps."""
         return LocalTrainer(
             self.adapter,
             self.dataset.train(client),
-            self.training,
+            in_smaller_batches(self.training) if halved else self.training,
             steps=steps,
             pad_token_id=self.pad_token_id,
             seed=seed,
@@ -75,13 +79,15 @@ class ClientSide:
 
     def _train(self, task: Assignment) -> Update:
         began = time.perf_counter()
-        run = self.local_run(task.client, task.steps, task.seed)
+        run = self.local_run(task.client, task.steps, task.seed, halved=task.halved)
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
         if task.check_loss:
             start, end = before.vectors["weights"], state.vectors["weights"]
             run.summary["batches_before"] = run.mean_loss(start, task.steps)
             run.summary["batches_after"] = run.mean_loss(end, task.steps)
+        refuse_not_finite("state", state.vectors)
+        refuse_not_finite("upload", upload.vectors)
         file = self.store.save_client(task.client, task.round, state)
         return Update(
             run=task.run,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pfl_lm.evaluate import Choice
+from pfl_lm.federation.history import StateFile
 from pfl_lm.methods import Broadcast, Upload
 
 Kind = Literal["train", "evaluate", "finish"]
@@ -17,12 +18,15 @@ Kind = Literal["train", "evaluate", "finish"]
 """
 
 
-@dataclass(frozen=True, slots=True)
-class StateFile:
-    """A client's state as written on its machine: path within the run folder, and SHA-256."""
+FaultKind = Literal["raised", "memory", "not_finite", "out_of_proportion"]
 
-    path: str
-    sha256: str
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a turn cannot count: it raised, ran out of memory, or returned what no turn should."""
+
+    kind: FaultKind
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Assignment:
         steps: T, the optimizer steps of a ``train`` task.
         seed: fixes the turn's batches and dropout.
         check_loss: also say what the turn's batches' loss was at its start and at its end.
+        halved: take micro-batches of half the rows, twice as many of them; the last try has run
+            out of memory.
     """
 
     run: str
@@ -46,6 +52,7 @@ class Assignment:
     steps: int
     seed: int
     check_loss: bool = False
+    halved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +71,9 @@ class Update:
     """Fleet → orchestrator: what came of one task.
 
     Attributes:
-        upload: what the method sends; None for scoring tasks.
+        upload: what the method sends; None for scoring tasks, and for a turn that has failed.
         state: the file the client wrote its state to, before this was sent.
+        fault: why a turn has failed; the client's state is then as it was.
         scores: of scoring tasks.
         choice: of a ``finish`` task.
         summary: plain numbers about a turn, for the ledger.
@@ -77,6 +85,7 @@ class Update:
     client: str
     upload: Upload | None = None
     state: StateFile | None = None
+    fault: Fault | None = None
     scores: tuple[Score, ...] = ()
     choice: Choice | None = None
     steps_done: int = 0

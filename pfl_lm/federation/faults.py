@@ -1,0 +1,135 @@
+"""Turns that fail: told apart, so that a round can go on without them.
+
+On the client's machine `attempted` turns what a turn raises into a `Fault`; on the server's side
+`proportion_fault` looks at what was sent. What is wrong with the run itself, a full disk or a lost
+rank, is no fault of a turn and passes through.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from pfl_lm.errors import DismissedError, LostRankError, PflError, RunFolderError
+from pfl_lm.federation.messages import Assignment, Fault, Update
+from pfl_lm.layout import Vector
+from pfl_lm.methods import Broadcast, Upload
+from pfl_lm.recipe import TrainingOptions
+
+LARGEST_STEP = 100.0
+"""How many times the length of what was sent an update may be before it is out of proportion."""
+
+DIVERGED = ("not_finite", "out_of_proportion")
+"""Kinds of faults that too high a learning rate leads to."""
+
+_MOST_CHARACTERS = 300
+
+
+class NotFiniteError(ArithmeticError):
+    """A turn has led to numbers that are not finite."""
+
+
+class TooFewClientsError(PflError):
+    """A round has had fewer turns than ``federation.min_clients``."""
+
+
+def attempted(turn: Callable[[Assignment], Update], task: Assignment) -> Update:
+    """Return the turn's update, or one that says why there is none.
+
+    Raises:
+        RunFolderError: the run's own files cannot be read or written.
+        LostRankError, DismissedError: the run is over.
+    """
+    try:
+        return turn(task)
+    except (RunFolderError, LostRankError, DismissedError):
+        raise
+    except NotFiniteError as error:
+        fault = Fault("not_finite", str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fault = Fault("memory", _said(error))
+    except Exception as error:
+        fault = Fault("memory" if _is_out_of_memory(error) else "raised", _said(error))
+    if fault.kind == "memory":
+        free_memory()
+    return Update(run=task.run, round=task.round, client=task.client, fault=fault)
+
+
+def refuse_not_finite(what: str, vectors: Mapping[str, Vector]) -> None:
+    """Make sure that every number is finite.
+
+    Raises:
+        NotFiniteError: some are not; the vectors are named.
+    """
+    wrong = [name for name, vector in vectors.items() if not bool(vector.isfinite().all())]
+    if wrong:
+        raise NotFiniteError(f"its {what} holds NaN or infinity: {', '.join(sorted(wrong))}")
+
+
+def upload_fault(sent: Broadcast, upload: Upload) -> Fault | None:
+    """Return what is wrong with an upload that no honest turn can have led to, or None.
+
+    Every vector must be finite, and one that answers a vector that was sent must lie within
+    ``LARGEST_STEP`` times that vector's length of it: far beyond any training, and near enough
+    that one client cannot end the run for all.
+    """
+    try:
+        refuse_not_finite("upload", upload.vectors)
+    except NotFiniteError as error:
+        return Fault("not_finite", str(error))
+    if not math.isfinite(upload.weight) or upload.weight < 0:
+        return Fault("not_finite", f"its weight is {upload.weight}")
+    shared, weights = sent.vectors.get("global_weights"), upload.vectors.get("weights")
+    if shared is None or weights is None:
+        return None
+    if weights.shape != shared.shape:
+        return Fault(
+            "out_of_proportion",
+            f"it sent {tuple(weights.shape)} numbers where {tuple(shared.shape)} are due",
+        )
+    length = float((weights.double() - shared.double()).norm())
+    most = LARGEST_STEP * float(shared.double().norm())
+    if length > most > 0:
+        return Fault(
+            "out_of_proportion", f"its update is {length:.3g} long, the most is {most:.3g}"
+        )
+    return None
+
+
+def in_smaller_batches(training: TrainingOptions) -> TrainingOptions:
+    """Return options with micro-batches of at most half the rows, and the same optimizer steps.
+
+    Batches of one row stay as they are.
+    """
+    rows = training.per_device_train_batch_size
+    smaller = max((n for n in range(1, rows // 2 + 1) if rows % n == 0), default=rows)
+    accumulation = training.gradient_accumulation_steps * (rows // smaller)
+    return training.model_copy(
+        update={
+            "per_device_train_batch_size": smaller,
+            "gradient_accumulation_steps": accumulation,
+        }
+    )
+
+
+def free_memory() -> None:
+    """Give back what a turn that ran out of memory still holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's CPU allocator and MPS raise plain RuntimeErrors."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in said or "not enough memory" in said
+    )
+
+
+def _said(error: BaseException) -> str:
+    what = str(error) if isinstance(error, PflError) else f"{type(error).__name__}: {error}"
+    return " ".join(what.split())[:_MOST_CHARACTERS]
