@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from pfl_lm.cli.interrupts import Interrupts
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Workload
 
@@ -57,8 +58,11 @@ class Estimate:
 class Display(Watch):
     """Shows a run on a console, as a context manager around it."""
 
-    def __init__(self, console: Console, rows_in_step: int) -> None:
+    def __init__(
+        self, console: Console, rows_in_step: int, interrupts: Interrupts | None = None
+    ) -> None:
         self.console = console
+        self.interrupts = interrupts or Interrupts()
         self.rows_in_step = rows_in_step
         self.workload: Workload | None = None
         self.estimate: Estimate | None = None
@@ -93,21 +97,25 @@ class Display(Watch):
 
     def begin(self, workload: Workload) -> None:
         """Say how much there is to do."""
+        self.interrupts.patient = True
         self.workload = workload
         self.estimate = Estimate(workload, self.rows_in_step)
         self._task = self._progress.add_task("round 0", total=1.0, left="")
-        self._print(
-            f"{workload.clients} clients, {workload.rounds} rounds: "
-            f"{workload.steps} optimizer steps, {workload.rows} rows to score"
-        )
+        if workload.done is None:
+            self._print(f"{workload.clients} clients, {workload.rounds} rounds: {_to_do(workload)}")
+        else:
+            over = f"round {workload.done} of {workload.rounds} is over"
+            self._print(f"{workload.clients} clients, {over}; left to do: {_to_do(workload)}")
 
     def step(self) -> None:
-        """Count one optimizer step."""
+        """Count one optimizer step; a run that was asked to stop does so here."""
         self._count("steps", 1)
+        self.interrupts.check()
 
     def rows(self, n: int) -> None:
-        """Count scored rows."""
+        """Count scored rows; a run that was asked to stop does so here."""
         self._count("rows", n)
+        self.interrupts.check()
 
     def turn(self, update: Update) -> None:
         """Name the client whose turn is over."""
@@ -132,6 +140,8 @@ class Display(Watch):
         if left:
             parts.append(f"{duration(left)} left")
         self._print(" · ".join(parts))
+        if report.round == self.workload.rounds:
+            self.interrupts.patient = False  # what is left is writing files
 
     def _count(self, kind: str, n: int) -> None:
         if self.estimate is None:
@@ -144,6 +154,10 @@ class Display(Watch):
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
+
+
+def _to_do(workload: Workload) -> str:
+    return f"{workload.steps} optimizer steps, {workload.rows} rows to score"
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,17 @@
-"""Ctrl-C and SIGTERM, as one exception that passes through whatever is running.
+"""Ctrl-C and SIGTERM: the step in progress is finished, then the run stops.
 
-Lightning answers a KeyboardInterrupt inside a fit by leaving the process with exit code 1; an
-exception of our own it lets through.
+While a run trains or scores, the first signal is remembered and obeyed at the next `check`, after
+the step; a second one, or one that comes at any other time, is obeyed at once. Either way what was
+committed stays. The exception is one of our own: Lightning answers a KeyboardInterrupt inside a fit
+by leaving the process with exit code 1.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,22 +20,51 @@ class Interrupted(BaseException):
     """The process was asked to stop."""
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` on SIGINT or SIGTERM while the body runs.
+class Interrupts:
+    """Answers SIGINT and SIGTERM while it is entered.
 
-    Raises:
-        Interrupted: one of the two arrived; a second one is ignored while the first is obeyed.
+    Attributes:
+        patient: whether `check` is called often enough for a signal to wait for it.
     """
-    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.patient = False
+        self._say = say
+        self._asked: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take the signals over."""
+        self._before = {number: signal.signal(number, self._answer) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Stop if that was asked for.
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    for other in _SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(signal.Signals(number).name)
+        Raises:
+            Interrupted: it was.
+        """
+        if self._asked is not None:
+            self._stop(self._asked)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.patient or self._asked is not None:
+            self._stop(name)
+        self._asked = name
+        self._say("stopping after this step; once more to stop at once")
+
+    def _stop(self, name: str) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # while the run is being put away
+        raise Interrupted(name)
