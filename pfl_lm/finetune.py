@@ -21,25 +21,27 @@ from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
-from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
+from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.opening import begun, gone_on_with
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
-from pfl_lm.federation.watch import Watch, Workload
-from pfl_lm.files import write_atomically
+from pfl_lm.federation.watch import Watch
+from pfl_lm.federation.workload import workload
 from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
-from pfl_lm.preflight import preflight, refuse_occupied
+from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.report.tracking import tracked
+from pfl_lm.resume import run_slugs
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import RateTooHighError
 
@@ -56,11 +58,14 @@ def finetune(
     loaded: LoadedRecipe,
     watch: Watch | None = None,
     clients: Mapping[str, ClientRows] | None = None,
+    *,
+    resume: bool = False,
 ) -> RunResult:
     """Run a recipe from its data to one exported adapter per client.
 
     Nothing is written before everything that can be checked beforehand has been. ``clients`` are
-    the rows of a recipe that was checked already; without them it is checked here.
+    the rows of a recipe that was checked already; without them it is checked here. With ``resume``
+    the run in the recipe's folder is gone on with, wherever it was left.
 
     Raises:
         PflError: the recipe, its data, its backbone or the run folder cannot be used.
@@ -69,7 +74,8 @@ def finetune(
     accelerator = join_ranks(recipe.runtime)
     main = accelerator.is_main_process
     watch = watch if watch is not None and main else Watch()
-    rows_by_client = preflight(loaded) if clients is None else clients
+    if clients is None:
+        clients = preflight_resume(loaded) if resume else preflight(loaded)
     set_threads(recipe.runtime, accelerator)
     if advice := lone_launch():
         watch.note(advice)
@@ -78,35 +84,40 @@ def finetune(
     with rank_0_first(accelerator):  # one rank converts what has to be converted
         backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
-    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
 
-    names = slugs(dataset.client_ids)
+    names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
     store = Store(loaded.run_folder, names, accelerator.device)
     fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
     if main:
         with leading(accelerator):
-            return _lead(loaded, fixed, names)
+            return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
     serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
     return RunResult(loaded.run_folder, ())
 
 
-def _lead(loaded: LoadedRecipe, fixed: _Fixed, names: dict[str, str]) -> RunResult:
+def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume: bool) -> RunResult:
     """Do what one rank alone does: open the run folder, run the rounds, export, report."""
     folder, runtime = loaded.run_folder, loaded.recipe.runtime
-    ledger = _open(loaded, folder, names, fixed.dataset)
-    try:
-        with tracked(fixed.watch, runtime, folder, names) as watch:
-            side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
-        recipe = with_training(loaded.recipe, side.training)
-        results = export_adapters(folder, recipe, side, server, fixed.backbone, ledger)
-        write_metrics(folder / "metrics.csv", ledger)
-    except BaseException:
-        with suppress(PflError):  # what was scored before the end is worth keeping
+    about = _about(loaded.recipe, fixed)
+    if resume:
+        opened = gone_on_with(loaded, about, fixed.store, fixed.watch)
+    else:
+        refuse_occupied(folder)
+        opened = begun(loaded, about, members)
+    with opened as ledger:
+        try:
+            with tracked(fixed.watch, runtime, folder, fixed.store.slugs) as watch:
+                side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
+            recipe = with_training(loaded.recipe, side.training)
+            results = export_adapters(folder, recipe, side, server, fixed.backbone, ledger)
             write_metrics(folder / "metrics.csv", ledger)
-        raise
-    finally:
-        ledger.close()
+            ledger.note("finished", str(recipe.federation.rounds))
+        except BaseException:
+            with suppress(PflError):  # what was scored before the end is worth keeping
+                write_metrics(folder / "metrics.csv", ledger)
+            raise
     return RunResult(folder, results)
 
 
@@ -127,9 +138,11 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
     """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
     if not recipe.training.rate_is_auto:
         return _rounds(recipe, fixed, ledger)
-    rate = first_rate(recipe, _side(recipe, fixed))
-    for _ in range(MOST_HALVINGS):
+    known = ledger.about().get("learning_rate")
+    rate = first_rate(recipe, _side(recipe, fixed)) if known is None else float(known)
+    if known is None:
         ledger.note("learning_rate", repr(rate))
+    for _ in range(MOST_HALVINGS):
         fixed.watch.note(f"learning_rate: auto chose {rate:g}")
         training = recipe.training.model_copy(update={"learning_rate": rate})
         try:
@@ -137,8 +150,8 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
             return _rounds(with_rate, fixed, ledger, check_first_round=True)
         except RateTooHighError as error:
             fixed.watch.note(f"too high: the loss of {error}; starting again with half of it")
-            fixed.store.discard(ledger.start_over())
             rate /= 2
+            fixed.store.discard(ledger.start_over(learning_rate=repr(rate)))
     raise no_rate(rate)
 
 
@@ -151,7 +164,7 @@ def _rounds(
         fleet = RankFleet(side, fixed.accelerator)
     steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
     server = side.method.init_server(fixed.start)
-    fixed.watch.begin(_workload(recipe, side, steps, server))
+    fixed.watch.begin(workload(recipe, side, steps, server, ledger))
     orchestrator = Orchestrator(
         recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
     )
@@ -173,47 +186,34 @@ def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
     )
 
 
-def _open(
-    loaded: LoadedRecipe, folder: Path, names: dict[str, str], dataset: FederatedDataset
-) -> Ledger:
-    refuse_occupied(folder)
-    write_atomically(folder / "recipe.yaml", loaded.source_text.encode())
-    write_atomically(folder / "recipe.resolved.yaml", loaded.resolved().encode())
-    ledger = Ledger(folder / "federation.sqlite")
-    about = {
-        "name": loaded.recipe.name,
-        "method": loaded.recipe.method.name,
+def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
+    """Return what a run notes of itself, to know later whether it is still the same."""
+    return {
+        "name": recipe.name,
+        "method": recipe.method.name,
+        "backbone": fixed.backbone.fingerprint,
+        "device": str(fixed.accelerator.device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "pfl_lm": pfl_lm.__version__,
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
     }
-    clients = [
-        (c.id, names[c.id], len(c.train), len(c.validation), len(c.test_rows)) for c in dataset
+
+
+def _members(
+    dataset: FederatedDataset, names: Mapping[str, str], clients: Mapping[str, ClientRows]
+) -> list[Member]:
+    return [
+        Member(
+            c.id,
+            names[c.id],
+            len(c.train),
+            len(c.validation),
+            len(c.test_rows),
+            clients[c.id].sha256,
+        )
+        for c in dataset
     ]
-    try:
-        ledger.open_run(about, clients)
-    except BaseException:
-        ledger.close()
-        raise
-    return ledger
-
-
-def _workload(
-    recipe: Recipe, side: ClientSide, steps: Mapping[str, int], server: ServerState
-) -> Workload:
-    dataset = side.dataset
-    rounds, ids = recipe.federation.rounds, dataset.client_ids
-    n_steps = sum(
-        steps[client]
-        for round in range(1, rounds + 1)
-        for client in cohort(ids, recipe.federation.fraction_train, seed=recipe.seed, round=round)
-    )
-    validation = sum(len(dataset.validation(client)) for client in ids)
-    test = sum(len(dataset[client].test_rows) for client in ids)
-    candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0]), None))
-    scored = validation * (rounds + candidates - 1) + test * candidates
-    return Workload(rounds=rounds, clients=len(ids), steps=n_steps, rows=scored)
 
 
 def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:

@@ -5,6 +5,8 @@ Every check runs even if another one fails, so that a person sees all there is t
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +14,14 @@ from typing import TypeVar
 
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
-from pfl_lm.errors import PflError, RecipeError
+from pfl_lm.errors import PflError, RecipeError, RunFolderError
+from pfl_lm.federation.folder import LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
-from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker, refuse_occupied
+from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker
 from pfl_lm.recipe.draft import read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions
-
-__all__ = ["Checked", "check_recipe", "preflight", "refuse_occupied"]
+from pfl_lm.resume import has_begun, run_clients
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -47,6 +49,55 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     if faults or clients is None:
         raise _one(faults)
     return clients
+
+
+def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
+    """Check the files of a run that has begun, and return every client's rows.
+
+    Raises:
+        PflError: the data, the backbone or the run cannot be used; all that is wrong.
+    """
+    recipe, faults = loaded.recipe, list[PflError]()
+    clients = _try(run_clients, loaded, faults)
+    _try(_find_backbone, recipe.backbone, faults)
+    _try(refuse_no_tracker, recipe.runtime, faults)
+    if faults or clients is None:
+        raise _one(faults)
+    return clients
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Check that a run can be written to ``folder``: nothing is in it and it can be made.
+
+    What a process has left that was killed before its run began does not count.
+
+    Raises:
+        RunFolderError: it is a file or not empty, or the nearest folder above it is not writable.
+    """
+    other = "choose another `name` or `runtime.output_dir`"
+    try:
+        if folder.is_dir() and not _is_free(folder):
+            raise RunFolderError(
+                f"{folder}: this run folder already holds a run",
+                hint=f"go on with it by `pfl-lm resume {shlex.quote(str(folder))}`; or {other}, "
+                "or remove it",
+            )
+        above = next(each for each in (folder, *folder.parents) if each.exists())
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be used ({error.strerror})", hint=other) from None
+    if not above.is_dir():
+        raise RunFolderError(f"{folder}: {above} is a file, not a folder", hint=other)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{folder}: cannot be made, {above} is not writable", hint=other)
+
+
+def _is_free(folder: Path) -> bool:
+    there = {path.name for path in folder.iterdir()}
+    if not there:
+        return True
+    # The lock is the first file of every run, so a recipe without one is somebody's own.
+    ours = LOCK in there and all(NOT_BEGUN.fullmatch(name) for name in there)
+    return ours and not has_begun(folder)
 
 
 def check_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Checked:

@@ -24,7 +24,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import pfl_lm.federation.ledger
+import pfl_lm.federation.schema
 from pfl_lm.cli.app import app
 from pfl_lm.errors import RunFolderError
 from pfl_lm.federation.ledger import Ledger
@@ -157,7 +157,7 @@ def test_a_ledger_that_finds_no_room(
 
     recipe = tiny_recipe(tmp_path, **{"federation.rounds": 4})
     with monkeypatch.context() as patch:
-        patch.setattr(pfl_lm.federation.ledger.sqlite3, "connect", small)
+        patch.setattr(pfl_lm.federation.schema.sqlite3, "connect", small)
         patch.setattr(Ledger, "__init__", created)
         code, said = run(recipe)
     ledger = tmp_path / "runs" / "tiny" / "federation.sqlite"

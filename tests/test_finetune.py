@@ -22,7 +22,8 @@ from torch import nn
 
 import pfl_lm.data.federated
 import pfl_lm.finetune
-from pfl_lm.errors import DataError, DivergedError, ModelError, PflError, RunFolderError
+from pfl_lm.errors import DataError, ModelError, PflError, RunFolderError
+from pfl_lm.federation.faults import TooFewClientsError
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Workload
 from pfl_lm.finetune import RunResult, finetune
@@ -174,18 +175,19 @@ def test_the_ledger_names_what_happened(result: RunResult) -> None:
     about = dict(ask(folder, "SELECT * FROM run"))
     assert (about["name"], about["method"], about["threads"]) == ("tiny", "pflalign", "1")
     assert about["torch"] == torch.__version__
-    assert ask(folder, "SELECT * FROM clients ORDER BY client") == [
-        (client, client, 5, 1, 2) for client in CLIENTS
-    ]
+    clients = "SELECT client, slug, n_train, n_validation, n_test FROM clients ORDER BY client"
+    assert ask(folder, clients) == [(client, client, 5, 1, 2) for client in CLIENTS]
+    assert about["recipe"] == (folder / "recipe.resolved.yaml").read_text()
+    assert ask(folder, "SELECT outcome FROM attempts") == [("finished",)]
     d = 4 * exported(folder / "global").numel()
     turns = ask(
         folder,
         "SELECT round, client, weight, steps, bytes_down, bytes_up FROM turns ORDER BY 1, 2",
     )
     assert turns == [(round, client, 5.0, 2, d, d) for round in (1, 2) for client in CLIENTS]
-    everyone = json.dumps(CLIENTS)
-    rounds = ask(folder, "SELECT round, cohort FROM rounds ORDER BY round")
-    assert rounds == [(0, "[]"), (1, everyone), (2, everyone)]
+    assert ask(folder, "SELECT round FROM rounds ORDER BY round") == [(0,), (1,), (2,)]
+    cohorts = ask(folder, "SELECT round, client, tries FROM cohorts ORDER BY round, client")
+    assert cohorts == [(round, client, 0) for round in (1, 2) for client in CLIENTS]
     choices = ask(folder, "SELECT client, candidate, reason FROM choices ORDER BY client")
     assert choices == [(c.client, c.choice.candidate, c.choice.reason) for c in result.clients]
     for text, seconds in ask(folder, "SELECT summary, seconds FROM turns"):
@@ -305,7 +307,8 @@ def test_the_backbone_never_moves(
 def test_part_of_the_clients_may_train_in_a_round(tmp_path: Path) -> None:
     changes = {"federation.fraction_train": 0.5, "federation.rounds": 3}
     result = run(tmp_path, **changes)
-    cohorts = [json.loads(c) for (c,) in ask(result.folder, "SELECT cohort FROM rounds")][1:]
+    drawn = ask(result.folder, "SELECT round, client FROM cohorts ORDER BY 1, 2")
+    cohorts = [[client for at, client in drawn if at == round] for round in (1, 2, 3)]
     assert [len(cohort) for cohort in cohorts] == [2, 2, 2]
     assert len({tuple(cohort) for cohort in cohorts}) > 1
     turns = ask(result.folder, "SELECT round, client FROM turns ORDER BY 1, 2")
@@ -319,8 +322,7 @@ def test_part_of_the_clients_may_train_in_a_round(tmp_path: Path) -> None:
 
 def test_a_client_that_never_trains_still_gets_a_model(tmp_path: Path) -> None:
     result = run(tmp_path, **{"federation.fraction_train": 0.1, "federation.rounds": 1})
-    [(cohort,)] = ask(result.folder, "SELECT cohort FROM rounds WHERE round = 1")
-    [trained] = json.loads(cohort)
+    [(trained,)] = ask(result.folder, "SELECT client FROM cohorts WHERE round = 1")
     for client in result.clients:
         assert (result.folder / "adapters" / client.slug / "adapter_model.safetensors").exists()
         if client.client != trained:  # its offset is 0: its own model is the shared one
@@ -514,9 +516,11 @@ def test_a_length_that_leaves_nothing_names_the_clients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["fedavg", "local"])
 def test_a_run_that_diverges_says_so_and_keeps_its_scores(tmp_path: Path, method: str) -> None:
     changes = {"training.learning_rate": 1e38, "method.name": method}
-    error = refused(tmp_path, DivergedError, **changes)
-    assert "training has diverged" in error.message
-    assert error.hint == "lower training.learning_rate (now 1e+38)"
+    error = refused(tmp_path, TooFewClientsError, **changes)
+    few = "0 of 3 clients came through, federation.min_clients is 1: 3 problems"
+    assert error.message.startswith(f"round 1: {few}\n  alice: its state holds NaN or infinity: ")
+    lower = "lower training.learning_rate (now 1e+38), in a new run"
+    assert error.hint == f"training has diverged: {lower}"
     assert {row["round"] for row in scored(tmp_path / "runs" / "tiny")} == {"0"}
 
 
@@ -560,7 +564,9 @@ def test_an_interrupted_run_ends_with_130_and_its_scores(
     folder = tmp_path / "runs" / "tiny"
     assert (code, err) == (130, "interrupted\n")
     assert "Traceback" not in out
-    assert out.endswith(f"stopped; {folder} holds the rounds that were finished\n")
+    *_, before_last, last = out.splitlines()
+    assert before_last == "stopping after this step; once more to stop at once"
+    assert last == f"stopped; to go on: pfl-lm resume {folder}"
     rows = scored(folder)
     first = [(row["round"], row["client"], row["candidate"]) for row in rows[:3]]
     assert first == [("0", client, "base") for client in CLIENTS]

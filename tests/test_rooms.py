@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
     ("errors", "seeds", "files"),
+    ("sealed",),
     ("layout",),
     ("recipe",),
     ("data",),
@@ -29,7 +30,9 @@ ORDER = (
     ("export",),
     ("report",),
     ("plan",),
-    ("preflight", "finetune"),
+    ("resume",),
+    ("preflight",),
+    ("finetune",),
     ("cli",),
 )
 """From the top: a room imports from itself and from rooms above it."""
@@ -39,7 +42,8 @@ RANK["__main__"] = RANK["cli"]
 
 TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
-    *("pfl_lm.recipe.reference", "pfl_lm.preflight"),
+    *("pfl_lm.recipe.reference", "pfl_lm.preflight", "pfl_lm.resume"),
+    *("pfl_lm.federation.history", "pfl_lm.federation.lock", "pfl_lm.cli.resume"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
 )
@@ -124,8 +128,12 @@ def test_rooms_of_one_rank_go_in_order() -> None:
 
 def test_preflight_looks_at_files_alone() -> None:
     used = {imported for importer, imported in graph() if importer == "pfl_lm.preflight"}
-    assert {room_of(module) for module in used} == {"errors", "recipe", "data", "model"}
-    assert {module for module in used if room_of(module) == "model"} == {"pfl_lm.model.package"}
+    rooms = {"errors", "recipe", "data", "model", "federation", "resume"}
+    assert {room_of(module) for module in used} == rooms
+    assert {m for m in used if room_of(m) in ("model", "federation")} == {
+        "pfl_lm.model.package",
+        "pfl_lm.federation.folder",
+    }
 
 
 def test_what_runs_before_a_fit_imports_no_torch() -> None:

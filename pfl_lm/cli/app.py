@@ -25,6 +25,7 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="KEY=VALUE, for example federation.rounds=6.")
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -51,6 +52,9 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as `plan` does.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this recipe's run, if it has begun.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune one adapter per client, as the recipe says.
@@ -63,7 +67,23 @@ def finetune(
     with exits(debug=debug):
         from pfl_lm.cli.finetune import finetune as verb
 
-        verb(recipe, overrides or [])
+        verb(recipe, overrides or [], resume=resume)
+
+
+@app.command()
+def resume(
+    run: RunFolder,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", metavar="N", help="Rounds in all; more extend a finished run."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was interrupted, as if it never had been; or extend a finished one."""
+    with exits(debug=debug):
+        from pfl_lm.cli.resume import resume as verb
+
+        verb(run, rounds)
 
 
 @app.command()
@@ -111,7 +131,7 @@ def preview(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: RunFolder,
     repo: Annotated[str, typer.Option("--repo", metavar="ORG/NAME", help="Where to push to.")],
     clients: Annotated[
         list[str] | None,

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
-from pfl_lm.cli.interrupts import Interrupted, interruptible
+from pfl_lm.cli.resume import go_on
+from pfl_lm.cli.run import show_run
 from pfl_lm.preflight import check_recipe
+from pfl_lm.resume import has_begun, refuse_differences, run_recipe
 
 
-def finetune(recipe: Path, overrides: list[str]) -> None:
-    """Run a recipe, show how it goes, and end with the table of clients and what to type next.
+def finetune(recipe: Path, overrides: list[str], *, resume: bool = False) -> None:
+    """Run a recipe; with ``resume``, go on with its run if there is one.
 
     Raises:
-        PflError: the recipe or what it names cannot be used.
+        PflError: the recipe or what it names cannot be used, or is not what the run began with.
         Interrupted: the run was stopped by SIGINT or SIGTERM.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
-    console = Console(highlight=False, soft_wrap=True, quiet=not speaks)
-    checked = check_recipe(recipe, overrides)  # all that is quick, before the slow imports
-    options, folder = checked.loaded.recipe, checked.loaded.run_folder
-    console.print(Text(f"{options.name}: {options.method.name}, into {folder}"))
-
-    try:
-        with interruptible():
-            from pfl_lm.cli.display import Display
-            from pfl_lm.finetune import finetune as run
-            from pfl_lm.report.table import client_table, summary_lines
-
-            with Display(console, options.training.rows_in_step) as display:
-                result = run(checked.loaded, display, checked.clients)
-    except Interrupted:
-        if folder.exists():
-            console.print(Text(f"stopped; {folder} holds the rounds that were finished"))
-        raise
-
-    if not speaks:
+    # All that is quick comes first, before the slow imports.
+    checked = check_recipe(recipe, overrides, to_run=not resume)
+    folder = checked.loaded.run_folder
+    if resume and has_begun(folder):
+        refuse_differences(run_recipe(folder).recipe, checked.loaded)
+        go_on(replace(checked.loaded, folder=folder))
         return
-    console.print()
-    console.print(client_table(result.clients))
-    for line in summary_lines(result.clients, result.folder):
-        console.print(Text(line))
+    if resume:
+        checked = check_recipe(recipe, overrides)
+    show_run(checked.loaded, checked.clients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pfl_lm.data.content import Format
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Record", "read_records"]
 
 
-def read_records(options: DataOptions) -> list[Record]:
+def read_records(options: DataOptions, only: str | None = None) -> list[Record]:
     """Read every row of ``data.path``, in the order of the files' names and of the rows in them.
+
+    ``only`` names the client that all rows are of; they may then lack the client column.
 
     Raises:
         DataError: a file cannot be read, or something in it cannot be used as it is; the message
@@ -33,6 +36,8 @@ def read_records(options: DataOptions) -> list[Record]:
     """
     path = options.path
     files = find_files(path)
+    if only is not None:
+        files = [replace(file, client=only) for file in files]
     rows = [row for file in files for row in file.rows()]
     format = _detect(path, rows) if options.format == "auto" else options.format
     hint = _what_is_read(files, format)

@@ -7,6 +7,7 @@ other across the border. Where the rows have groups, the hash is the group's: se
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ class ClientRows:
     train: tuple[Record, ...]
     validation: tuple[Record, ...]
     test: tuple[Record, ...]
+
+    @property
+    def sha256(self) -> str:
+        """What tells these rows from others: their content and splits, in order."""
+        made = hashlib.sha256()
+        for split in ("train", "validation", "test"):
+            for row in getattr(self, split):
+                made.update(digest(split, *row.content.parts))
+        return made.hexdigest()
 
 
 def split_clients(records: Sequence[Record], validation_fraction: float) -> dict[str, ClientRows]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from pfl_lm.errors import listed
 from pfl_lm.federation.cohort import cohort
+from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
+from pfl_lm.federation.history import MOST_TRIES
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
-from pfl_lm.federation.messages import Assignment, Kind, Score, Update
-from pfl_lm.federation.store import Store
+from pfl_lm.federation.messages import Assignment, Fault, Kind, Update
+from pfl_lm.federation.store import Store, StoredUploads
 from pfl_lm.federation.watch import RoundReport, Watch
-from pfl_lm.methods import Method, ServerState, Upload
+from pfl_lm.methods import Broadcast, Method, ServerState, Upload
 from pfl_lm.recipe import Recipe
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import RateTooHighError
-
-NO_TURNS: Mapping[str, Update] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -39,96 +38,168 @@ class Orchestrator:
     watch: Watch
     check_first_round: bool = False
 
-    def run(self, server: ServerState) -> ServerState:
-        """Run every round from the server's first state; return its last.
+    def run(self, start: ServerState) -> ServerState:
+        """Run every round that is not over yet, and return the server's last state.
 
-        Each turn, round and score is committed before the next begins. The last round's scoring is
-        the final one: every candidate on validation, the choice, and the test rows, once.
+        A run that is new begins at ``start``. Each turn, round and score is committed before the
+        next begins, and what is committed is not done again: the loop goes on wherever it was left.
+        The last round's scoring is the final one: every candidate on validation, the choice, and
+        the test rows, once.
+
+        Raises:
+            TooFewClientsError: a round has had fewer turns than it needs.
+            RateTooHighError: with ``check_first_round``, a client's loss has risen.
         """
-        rounds = self.recipe.federation.rounds
-        self.ledger.commit_round(0, [], self.store.save_server(0, server))
-        self._score(0, server, "evaluate")
+        last = self.ledger.last_round()
+        if last is None:
+            last, server = 0, start
+            self._commit(0, server)
+        else:
+            server = self.store.load_server(self.ledger.server_file(last))
+        self._score(last, server)
 
-        for round in range(1, rounds + 1):
-            chosen = cohort(
-                list(self.steps),
-                self.recipe.federation.fraction_train,
-                seed=self.recipe.seed,
-                round=round,
-            )
-            turns = self._train(round, server, chosen)
-            uploads = [upload_of(turns[client]) for client in sorted(turns)]
-            server = self.method.aggregate(server, uploads, round)
-            self.ledger.commit_round(round, chosen, self.store.save_server(round, server))
-            self.store.discard(self.ledger.superseded(round))
-            self._score(round, server, "finish" if round == rounds else "evaluate", turns)
+        for round in range(last + 1, self.recipe.federation.rounds + 1):
+            self._draw(round)
+            self._train(round, server)
+            server = self.method.aggregate(server, self._uploads(round), round)
+            self._commit(round, server)
+            self._score(round, server)
         return server
 
-    def _train(self, round: int, server: ServerState, chosen: list[str]) -> dict[str, Update]:
-        turns = {}
-        tasks = [self._task(round, server, client, "train") for client in chosen]
-        sent = {task.client: size_in_bytes(task.sent.vectors.values()) for task in tasks}
-        for update in self.fleet.run(tasks):
-            file = self.store.save_upload(update.client, round, upload_of(update))
-            self.ledger.commit_turn(update, file, bytes_down=sent[update.client])
-            self.watch.turn(update)
-            turns[update.client] = update
-            _refuse_rising_loss(update)
-        return turns
+    def _draw(self, round: int) -> None:
+        """Settle who takes part, once: members may come and go before the round is over."""
+        if self.ledger.cohort(round) is None:
+            members = [m.client for m in self.ledger.members() if m.joined < round]
+            share, seed = self.recipe.federation.fraction_train, self.recipe.seed
+            self.ledger.commit_cohort(round, cohort(members, share, seed=seed, round=round))
 
-    def _score(
-        self, round: int, server: ServerState, kind: Kind, turns: Mapping[str, Update] = NO_TURNS
-    ) -> None:
+    def _train(self, round: int, server: ServerState) -> None:
+        """Let the cohort take its turns; who fails is asked once more, then left out."""
+        if self._checks(round):
+            for turn in self.ledger.turns(round):
+                _refuse_rising_loss(turn.client, turn.summary)
+        while waiting := self.ledger.waiting(round):
+            sent = {client: self.method.broadcast(server, client) for client in waiting}
+            tasks = (self._task(round, "train", client, sent[client]) for client in waiting)
+            for update in self.fleet.run(tasks):
+                self._settle(update, sent[update.client])
+        turns = len(self.ledger.turns(round))
+        if turns < self.recipe.federation.min_clients:
+            self.ledger.forgive(round)
+            raise self._too_few(round, turns)
+
+    def _settle(self, update: Update, sent: Broadcast) -> None:
+        """Commit what came of a turn: the turn, or its fault."""
+        round, client = update.round, update.client
+        fault = update.fault or upload_fault(sent, upload_of(update))
+        if fault is not None and fault.kind in DIVERGED and self._checks(round):
+            raise RateTooHighError(f"{client}: {fault.message}")
+        if fault is not None:
+            self._note(update, fault, self.ledger.commit_fault(round, client, fault))
+            return
+        file = self.store.save_upload(client, round, upload_of(update))
+        self.ledger.commit_turn(update, file, bytes_down=size_in_bytes(sent.vectors.values()))
+        self.watch.turn(update)
+        _refuse_rising_loss(client, update.summary)
+
+    def _note(self, update: Update, fault: Fault, tries: int) -> None:
+        then = "trying once more" if tries < MOST_TRIES else "it sits this round out"
+        what = fault.kind.replace("_", " ")
+        self.watch.note(
+            f"round {update.round}: {update.client}'s turn failed ({what}: {fault.message}); {then}"
+        )
+
+    def _checks(self, round: int) -> bool:
+        return self.check_first_round and round == 1
+
+    def _uploads(self, round: int) -> StoredUploads:
+        files = [turn.upload for turn in self.ledger.turns(round) if turn.upload is not None]
+        return StoredUploads(self.store, files)
+
+    def _commit(self, round: int, server: ServerState) -> None:
+        self.ledger.commit_round(round, self.store.save_server(round, server))
+        self.store.discard(self.ledger.superseded(round))
+
+    def _score(self, round: int, server: ServerState) -> None:
+        """Score every client that has not been, and report the round."""
         began = time.perf_counter()
-        own = {}
-        tasks = [self._task(round, server, client, kind) for client in sorted(self.steps)]
-        for update in self.fleet.run(tasks):
-            self.ledger.commit_scores(round, update.client, update.scores)
-            if update.choice is not None:
-                self.ledger.commit_choice(update.client, update.choice)
-            own[update.client] = update.scores[0]
-        self.watch.round(_report(round, own, turns, time.perf_counter() - began))
+        final = round == self.recipe.federation.rounds
+        done = self.ledger.chosen(round) if final else self.ledger.scored(round)
+        kind: Kind = "finish" if final else "evaluate"
+        members = [m.client for m in self.ledger.members() if m.joined <= round]
+        candidate = None
+        for update in self.fleet.run(self._to_score(round, kind, server, members, done)):
+            self.ledger.commit_scores(update)
+            candidate = update.scores[0].candidate
+        if candidate is not None:
+            self.watch.round(self._report(round, candidate, time.perf_counter() - began))
 
-    def _task(self, round: int, server: ServerState, client: str, kind: Kind) -> Assignment:
+    def _to_score(
+        self, round: int, kind: Kind, server: ServerState, members: list[str], done: set[str]
+    ) -> Iterator[Assignment]:
+        for client in members:
+            if client not in done:
+                yield self._task(round, kind, client, self.method.broadcast(server, client))
+
+    def _task(self, round: int, kind: Kind, client: str, sent: Broadcast) -> Assignment:
+        training = kind == "train"
         return Assignment(
             run=self.recipe.name,
             round=round,
             client=client,
             kind=kind,
-            sent=self.method.broadcast(server, client),
+            sent=sent,
             state=self.ledger.state_file(client),
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
-            check_loss=self.check_first_round and round == 1 and kind == "train",
+            check_loss=self._checks(round) and training,
+            halved=training and self.ledger.last_fault(round, client) == "memory",
+        )
+
+    def _report(self, round: int, candidate: str, scoring_seconds: float) -> RoundReport:
+        own = self.ledger.validation(round, candidate)
+        turns = self.ledger.turns(round)
+        worst = max(own, key=lambda client: own[client])
+        losses = [turn.summary["loss_last"] for turn in turns if "loss_last" in turn.summary]
+        return RoundReport(
+            round=round,
+            cohort=len(turns),
+            candidate=candidate,
+            train_loss=sum(losses) / len(losses) if losses else None,
+            mean=sum(own.values()) / len(own),
+            worst=own[worst],
+            worst_client=worst,
+            bytes_up=sum(turn.bytes_up for turn in turns),
+            seconds=scoring_seconds + sum(turn.seconds for turn in turns),
+        )
+
+    def _too_few(self, round: int, turns: int) -> TooFewClientsError:
+        faults = self.ledger.faults(round)
+        said = [f"{client}: {message}" for client, (_, message) in faults.items()]
+        hint = "mend what they say, then resume: those who failed are asked again"
+        if faults and all(kind in DIVERGED for kind, _ in faults.values()):
+            rate = self.recipe.training.learning_rate
+            hint = (
+                f"training has diverged: lower training.learning_rate (now {rate:g}), in a new run"
+            )
+        return TooFewClientsError(
+            listed(
+                f"round {round}: {turns} of {len(self.ledger.cohort(round) or [])} clients came "
+                f"through, federation.min_clients is {self.recipe.federation.min_clients}",
+                said,
+            ),
+            hint=hint,
         )
 
 
-def _refuse_rising_loss(update: Update) -> None:
+def _refuse_rising_loss(client: str, summary: Mapping[str, float]) -> None:
     """Raise if a turn that was asked to say so has made its own batches' loss rise."""
-    before, after = (update.summary.get(f"batches_{when}") for when in ("before", "after"))
+    before, after = (summary.get(f"batches_{when}") for when in ("before", "after"))
     if before is not None and after is not None and not after <= before:
-        raise RateTooHighError(f"{update.client}: {before:.4f} to {after:.4f} over its first round")
+        raise RateTooHighError(f"{client}: {before:.4f} to {after:.4f} over its first round")
 
 
 def upload_of(update: Update) -> Upload:
     """Return what a turn has sent; a method that sends nothing sends an empty upload."""
     assert update.upload is not None
     return update.upload
-
-
-def _report(
-    round: int, own: Mapping[str, Score], turns: Mapping[str, Update], scoring_seconds: float
-) -> RoundReport:
-    worst = max(own, key=lambda client: own[client].nll)
-    losses = [update.summary["loss_last"] for update in turns.values()]
-    return RoundReport(
-        round=round,
-        cohort=len(turns),
-        candidate=own[worst].candidate,
-        train_loss=math.fsum(losses) / len(losses) if losses else None,
-        mean=math.fsum(score.nll for score in own.values()) / len(own),
-        worst=own[worst].nll,
-        worst_client=worst,
-        bytes_up=sum(size_in_bytes(upload_of(u).vectors.values()) for u in turns.values()),
-        seconds=scoring_seconds + sum(update.seconds for update in turns.values()),
-    )

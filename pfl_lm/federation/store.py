@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pfl_lm.errors import RunFolderError
-from pfl_lm.federation.messages import StateFile
+from pfl_lm.errors import RunFolderError, listed
+from pfl_lm.federation.folder import FOLDERS, STATES, UNFINISHED, UPLOADS
+from pfl_lm.federation.history import StateFile
 from pfl_lm.files import explained, write_atomically
 from pfl_lm.layout import Vector
 from pfl_lm.methods import ClientState, ServerState, Upload
+from pfl_lm.sealed import read_sealed
+
+MOST_BYTES = 2**36
 
 
 class Store:
@@ -50,15 +55,28 @@ class Store:
         path = f"server/state-{round}.safetensors"
         return self._write(path, state.vectors, state.scalars)
 
+    def load_server(self, file: StateFile) -> ServerState:
+        """Read the server's state back, checked against its row."""
+        return ServerState(*self._read(file))
+
     def save_upload(self, client: str, round: int, upload: Upload) -> StateFile:
         """Write what a client sent, until the round is aggregated."""
         path = f"uploads/{round}/{self.slugs[client]}.safetensors"
         return self._write(path, upload.vectors, {**upload.scalars, "weight": upload.weight})
 
-    def discard(self, paths: list[str]) -> None:
-        """Remove files that a newer commit has replaced, and folders this leaves empty."""
+    def load_upload(self, file: StateFile) -> Upload:
+        """Read what a client sent, checked against its row."""
+        vectors, scalars = self._read(file)
+        return Upload(vectors, weight=scalars.pop("weight"), scalars=scalars)
+
+    def discard(self, paths: Iterable[str]) -> None:
+        """Remove files that a newer commit has replaced, and folders this leaves empty.
+
+        Raises:
+            RunFolderError: one is no file of a run's state, or cannot be removed.
+        """
         for name in paths:
-            path = self.run_folder / name
+            path = self._place(name)
             with explained(path):
                 path.unlink(missing_ok=True)
                 folder = path.parent
@@ -66,25 +84,101 @@ class Store:
                     folder.rmdir()
                     folder = folder.parent
 
+    def check(self, files: Iterable[StateFile]) -> None:
+        """Make sure that every file a ledger still needs is there and is the one it names.
+
+        Raises:
+            RunFolderError: one is missing, damaged or swapped; all such files are named.
+        """
+        problems = []
+        for file in files:
+            try:
+                self._content(file)
+            except RunFolderError as error:
+                problems.append(error.message)
+        if problems:
+            raise RunFolderError(
+                listed(str(self.run_folder), problems),
+                hint="put these files back from a copy; without them the run cannot go on",
+            )
+
+    def sweep(self, needed: Iterable[StateFile]) -> list[str]:
+        """Remove what an interrupted run left half done, and return what that was.
+
+        That is: states and uploads that no row names any more or yet, and unfinished files.
+        """
+        keep = {file.path for file in needed}
+        left = [
+            path for folder in ("clients/*", "server", "uploads/*") for path in self._in(folder)
+        ]
+        state = (path for path in left if STATES.fullmatch(path) or UPLOADS.fullmatch(path))
+        swept = sorted(set(state) - keep)
+        self.discard(swept)
+        for folder in (".", "global", *FOLDERS):
+            for path in self._in(folder):
+                if UNFINISHED.fullmatch(Path(path).name):
+                    with explained(self.run_folder / path):
+                        (self.run_folder / path).unlink(missing_ok=True)
+                    swept.append(path)
+        return swept
+
+    def _in(self, folders: str) -> list[str]:
+        """Return the files in some folders, none of them reached through a link."""
+        found = self.run_folder.glob(f"{folders}/*" if folders != "." else "*")
+        return [
+            path.relative_to(self.run_folder).as_posix()
+            for path in sorted(found)
+            if path.is_file() and not path.is_symlink()
+        ]
+
+    def _place(self, name: str) -> Path:
+        if not STATES.fullmatch(name) and not UPLOADS.fullmatch(name):
+            raise RunFolderError(f"{self.run_folder}: the ledger names {name!r}, no state of a run")
+        return self.run_folder / name
+
     def _write(
         self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]
     ) -> StateFile:
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
         # One entry: safetensors writes several in an order that changes from call to call.
         content = save(tensors, metadata={"scalars": json.dumps(scalars, sort_keys=True)})
-        return StateFile(path, write_atomically(self.run_folder / path, content))
+        return StateFile(path, write_atomically(self._place(path), content))
+
+    def _content(self, file: StateFile) -> bytes:
+        path = self._place(file.path)
+        content = read_sealed(self.run_folder, file.path, MOST_BYTES)
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise RunFolderError(f"{path}: not the file that the ledger names (SHA-256 differs)")
+        return content
 
     def _read(self, file: StateFile) -> tuple[dict[str, Vector], dict[str, float]]:
-        path = self.run_folder / file.path
+        content = self._content(file)
         try:
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != file.sha256:
-                raise RunFolderError(
-                    f"{path}: not the file that the ledger names (SHA-256 differs)"
-                )
             vectors = {name: v.to(self.device) for name, v in load(content).items()}
             size = int.from_bytes(content[:8], "little")
             scalars = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["scalars"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise RunFolderError(f"{path}: cannot be read: {error}") from error
+        except (SafetensorError, KeyError, ValueError) as error:
+            where = self.run_folder / file.path
+            raise RunFolderError(f"{where}: cannot be read: {error}") from error
         return vectors, scalars
+
+
+class StoredUploads(Sequence[Upload]):
+    """A round's uploads, in the order given, each read from disk when it is asked for."""
+
+    def __init__(self, store: Store, files: Sequence[StateFile]) -> None:
+        self.store = store
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Upload: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredUploads: ...
+    def __getitem__(self, index: int | slice) -> Upload | StoredUploads:
+        """Read one upload, or take some of them without reading any."""
+        if isinstance(index, slice):
+            return StoredUploads(self.store, self.files[index])
+        return self.store.load_upload(self.files[index])

@@ -12,14 +12,16 @@ class Workload:
     """How much there is to do, so that a display can say how long it takes.
 
     Attributes:
-        steps: optimizer steps over all rounds and clients.
-        rows: rows to be scored over all rounds, clients and candidates.
+        steps: optimizer steps over all rounds and clients that are still to be done.
+        rows: rows still to be scored over all rounds, clients and candidates.
+        done: the last round that is over; None for a run that begins.
     """
 
     rounds: int
     clients: int
     steps: int
     rows: int
+    done: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ code that comes with a model is never run.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from pfl_lm.recipe import BackboneOptions
 
 
+_SAMPLED = 256
+"""About how many numbers of each parameter a fingerprint reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backbone:
     """One resident, frozen causal language model with its tokenizer.
@@ -30,12 +35,14 @@ class Backbone:
         tokenizer: a fast tokenizer with a chat template.
         name: the Hub id for cards and adapter configs, or the folder where there is none.
         revision: the revision asked for, if any.
+        fingerprint: what tells these weights from others, in hexadecimal.
     """
 
     model: Any
     tokenizer: Any
     name: str
     revision: str | None
+    fingerprint: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -84,9 +91,21 @@ def load_backbone(
         raise not_loaded(source, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False
+    fingerprint = _fingerprint(model)
     model.eval().to(device)
     name = options.base_model_id or options.model_name_or_path or str(source)
-    return Backbone(model=model, tokenizer=tokenizer, name=name, revision=options.revision)
+    return Backbone(model, tokenizer, name, options.revision, fingerprint)
+
+
+def _fingerprint(model: Any) -> str:
+    """Hash every parameter's name, shape and type, and some of its numbers."""
+    made = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        part = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+        made.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        made.update(part.view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -1,34 +1,12 @@
-"""What a valid recipe needs of this machine: a model folder, an empty run folder, its extras."""
+"""What a valid recipe needs of this machine: a model folder, its extras."""
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from pfl_lm.errors import ModelError, PflError, RunFolderError
+from pfl_lm.errors import ModelError, PflError
 from pfl_lm.recipe.sections import RuntimeOptions
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Check that a run can be written to ``folder``: nothing is in it and it can be made.
-
-    Raises:
-        RunFolderError: it is a file or not empty, or the nearest folder above it is not writable.
-    """
-    other = "choose another `name` or `runtime.output_dir`"
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise RunFolderError(
-                f"{folder}: this run folder already holds a run", hint=f"{other}, or remove it"
-            )
-        above = next(each for each in (folder, *folder.parents) if each.exists())
-    except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be used ({error.strerror})", hint=other) from None
-    if not above.is_dir():
-        raise RunFolderError(f"{folder}: {above} is a file, not a folder", hint=other)
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{folder}: cannot be made, {above} is not writable", hint=other)
 
 
 def refuse_no_model(folder: Path) -> None:

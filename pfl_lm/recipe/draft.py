@@ -46,8 +46,16 @@ def read_draft(path: Path, overrides: Sequence[str] = ()) -> Draft:
     Raises:
         RecipeError: the file cannot be read or is not strict YAML, or an override is malformed.
     """
+    return draft_of(_read(path), path, overrides)
+
+
+def draft_of(raw: bytes, path: Path, overrides: Sequence[str] = ()) -> Draft:
+    """Return the draft of a recipe that was read; ``path`` is what to call it.
+
+    Raises:
+        RecipeError: it is not strict YAML, or an override is malformed.
+    """
     where = str(path)
-    raw = _read(path)
     document = read_yaml(raw, where)
     parsed = parse_overrides(overrides, where)
     data = apply_overrides(document.data, parsed, where)

@@ -23,16 +23,20 @@ Section = TypeVar("Section", bound=Options)
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, where it came from, and its text as the user wrote it."""
+    """A valid recipe, where it came from, and its text as the user wrote it.
+
+    ``folder`` is that of a run which has begun, wherever it was moved to since.
+    """
 
     recipe: Recipe
     path: Path
     source_text: str
+    folder: Path | None = None
 
     @property
     def run_folder(self) -> Path:
         """The folder of this run: ``<runtime.output_dir>/<name>``, absolute."""
-        return Path(self.recipe.runtime.output_dir) / self.recipe.name
+        return self.folder or Path(self.recipe.runtime.output_dir) / self.recipe.name
 
     def resolved(self) -> str:
         """Return the whole recipe as YAML: defaults filled in, absolute paths, a recipe itself."""

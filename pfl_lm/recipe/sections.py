@@ -202,6 +202,11 @@ class FederationOptions(Options):
     fraction_train: float = Field(
         default=1.0, gt=0, le=1, description="Share of the clients that train in a round."
     )
+    min_clients: int = Field(
+        default=1,
+        ge=1,
+        description="Clients whose turns a round needs; with fewer the run stops, to be resumed.",
+    )
 
 
 class TrainingOptions(Options):

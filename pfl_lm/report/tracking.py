@@ -62,12 +62,13 @@ class TensorBoard(Watch):
         self._logger: TensorBoardLogger | None = None
 
     def begin(self, workload: Workload) -> None:
-        """Start afresh: a run that begins again with another rate keeps nothing of the first."""
+        """Start afresh, or go on: a run that begins again with another rate keeps nothing."""
         from lightning.pytorch.loggers import TensorBoardLogger
 
         self.close()
         with explained(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if workload.done is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._logger = TensorBoardLogger(self.folder, name="", version="")
 
     def turn(self, update: Update) -> None:

@@ -115,12 +115,17 @@ def test_finetune_hands_over_recipe_and_overrides(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr("pfl_lm.cli.finetune.finetune", lambda *given: calls.append(given))
+    monkeypatch.setattr(
+        "pfl_lm.cli.finetune.finetune",
+        lambda *given, resume: calls.append((*given, resume)),
+    )
+    recipe = str(tmp_path / "r.yaml")
 
-    code, _, _ = run("finetune", str(tmp_path / "r.yaml"), "a.b=1", "c=[d]", "--debug")
+    assert run("finetune", recipe, "a.b=1", "c=[d]", "--debug")[0] == 0
+    assert run("finetune", recipe, "--resume")[0] == 0
 
-    assert code == 0
-    assert calls == [(tmp_path / "r.yaml", ["a.b=1", "c=[d]"])]
+    path = tmp_path / "r.yaml"
+    assert calls == [(path, ["a.b=1", "c=[d]"], False), (path, [], True)]
 
 
 ENDS = [

@@ -1,6 +1,6 @@
 """What the tests start on every rank: the command line, once for each recipe.
 
-python -m tests.federation.rank_runs [--failing CLIENT | --dying CLIENT] RECIPE...
+python -m tests.federation.rank_runs [--failing CLIENT | --faulty CLIENT | --dying CLIENT] RECIPE...
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pfl_lm.federation.messages import Assignment, Update
 
 
 def spoil(how: str, client: str) -> None:
-    """Let a client's turns fail, or end the process that they are on."""
-    train = ClientSide._train
+    """Let a client's turns or its scoring fail, or end the process that its turn is on."""
+    name = "_evaluate" if how == "--failing" else "_train"
+    plain = getattr(ClientSide, name)
 
     def spoiled(self: ClientSide, task: Assignment) -> Update:
-        if task.client != client:
-            return train(self, task)
+        if task.client != client or not task.round:
+            return plain(self, task)
         if how == "--dying":
             os.kill(os.getpid(), signal.SIGKILL)
         raise DivergedError(f"client {client!r} on rank {os.environ['RANK']}", hint="lower it")
 
-    ClientSide._train = spoiled  # type: ignore[method-assign]
+    setattr(ClientSide, name, spoiled)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""A run on the screen: how it goes, how it ended, and what to type next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from pfl_lm.cli.interrupts import Interrupted, Interrupts
+
+if TYPE_CHECKING:
+    from pfl_lm.data.splits import ClientRows
+    from pfl_lm.recipe import LoadedRecipe
+
+
+def show_run(
+    loaded: LoadedRecipe, clients: Mapping[str, ClientRows], *, resume: bool = False
+) -> None:
+    """Run a recipe that was checked, and end with the table of clients.
+
+    Raises:
+        PflError: the recipe or what it names cannot be used after all.
+        Interrupted: the run was stopped by SIGINT or SIGTERM.
+    """
+    console = run_console()
+    options, folder = loaded.recipe, loaded.run_folder
+    how = "going on in" if resume else "into"
+    console.print(Text(f"{options.name}: {options.method.name}, {how} {folder}"))
+    try:
+        with Interrupts(lambda text: console.print(Text(text))) as interrupts:
+            from pfl_lm.cli.display import Display
+            from pfl_lm.finetune import finetune
+            from pfl_lm.report.table import client_table, summary_lines
+
+            with Display(console, options.training.rows_in_step, interrupts) as display:
+                result = finetune(loaded, display, clients, resume=resume)
+    except BaseException as error:
+        if (folder / "federation.sqlite").exists() and isinstance(error, Interrupted):
+            console.print(Text(f"stopped; to go on: {resume_command(folder)}"))
+        raise
+    if console.quiet:
+        return
+    console.print()
+    console.print(client_table(result.clients))
+    for line in summary_lines(result.clients, result.folder):
+        console.print(Text(line))
+
+
+def run_console() -> Console:
+    """Return the console of this rank: the first one's speaks, the others' are quiet."""
+    return Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def resume_command(folder: Path) -> str:
+    """Return what to type to go on with a run."""
+    return shlex.join(["pfl-lm", "resume", str(folder)])
