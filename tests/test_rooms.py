@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pfl_lm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "seeds", "files"),
+    ("errors", "seeds", "files", "sealed"),
     ("layout",),
     ("recipe",),
     ("data",),
@@ -39,7 +39,7 @@ RANK["__main__"] = RANK["cli"]
 
 TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
-    *("pfl_lm.recipe.reference", "pfl_lm.preflight"),
+    *("pfl_lm.sealed", "pfl_lm.recipe.reference", "pfl_lm.preflight"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
 )

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pfl_lm.errors import ExportError
-from pfl_lm.export.sealed import read_sealed
+from pfl_lm.sealed import read_sealed
 
 NAME = "adapters.json"
 BASE = "base"
@@ -110,7 +110,8 @@ def read_index(run_folder: Path) -> AdapterIndex:
     """Read and check the ``adapters.json`` of a finished run.
 
     Raises:
-        ExportError: it is not there, is a link, or is not what pfl-lm writes.
+        ExportError: it is not there, or is not what pfl-lm writes.
+        RunFolderError: it is a link, too large or unreadable.
     """
     where = run_folder / NAME
     if not run_folder.is_dir():

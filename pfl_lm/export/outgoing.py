@@ -18,7 +18,7 @@ from pathlib import Path
 from pfl_lm.errors import ExportError
 from pfl_lm.export.card_text import Place, base_model, hub_id, load_section, with_load_section
 from pfl_lm.export.index import AdapterIndex, BaseEntry
-from pfl_lm.export.sealed import read_sealed
+from pfl_lm.sealed import read_sealed
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 TOKENIZER = (
@@ -58,6 +58,7 @@ class OutgoingFile:
 
         Raises:
             ExportError: it is another one by now.
+            RunFolderError: it cannot be read any more.
         """
         content = self._make()
         if hashlib.sha256(content).hexdigest() != self.sha256:
@@ -92,7 +93,8 @@ def client_files(
     """Return what goes out for one client, its files as they will be in ``repo``.
 
     Raises:
-        ExportError: a file is missing, is a link, or is not the one that the index names.
+        ExportError: a file is not the one that the index names.
+        RunFolderError: a file is missing, or is a link.
     """
     slug = index.clients[client].slug
     make = partial(_content, run_folder, index, client, repo)

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pfl_lm.errors import ExportError
+from pfl_lm.errors import RunFolderError
 
 _FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def read_sealed(run_folder: Path, name: str, max_bytes: int) -> bytes:
-    """Return the content of ``run_folder/name``.
+    """Return the content of ``run_folder/name``; ``name`` has ``/`` between its parts.
 
     Raises:
-        ExportError: a part of ``name`` is a link, it is no ordinary file, too large or unreadable.
+        RunFolderError: a part of ``name`` is a link or leads out, or the file is missing, no
+            ordinary one, too large or unreadable.
     """
     where = run_folder / name
     *folders, last = name.split("/")
@@ -34,13 +35,13 @@ def read_sealed(run_folder: Path, name: str, max_bytes: int) -> bytes:
         descriptor = _step(descriptor, last, _FILE)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ExportError(f"{where}: not an ordinary file")
+                raise RunFolderError(f"{where}: not an ordinary file")
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 content = file.read(max_bytes + 1)
         finally:
             os.close(descriptor)
     if len(content) > max_bytes:
-        raise ExportError(f"{where}: larger than {max_bytes} bytes")
+        raise RunFolderError(f"{where}: larger than {max_bytes} bytes")
     return content
 
 
@@ -48,7 +49,7 @@ def _step(above: int, part: str, flags: int) -> int:
     """Open ``part`` in an open folder, and close the folder."""
     if part in ("", ".", ".."):
         os.close(above)
-        raise ExportError(f"{part!r} is not a name within a run folder")
+        raise RunFolderError(f"{part!r} is not a name within a run folder")
     try:
         return os.open(part, flags, dir_fd=above)
     finally:
@@ -63,4 +64,4 @@ def _explained(where: Path) -> Iterator[None]:
         reason = f"cannot be read: {error.strerror}"
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             reason = "a link, or below one; links in a run folder are not followed"
-        raise ExportError(f"{where}: {reason}") from None
+        raise RunFolderError(f"{where}: {reason}") from None
