@@ -39,7 +39,7 @@ class ModelError(PflError):
 
 
 class RunFolderError(PflError):
-    """The run folder cannot be written, or already holds a run."""
+    """The run folder cannot be written or read, or already holds a run."""
 
 
 class DivergedError(PflError):

@@ -20,11 +20,11 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def read_sealed(run_folder: Path, name: str, max_bytes: int) -> bytes:
-    """Return the content of ``run_folder/name``.
+    """Return the content of ``run_folder/name``; ``name`` has ``/`` between its parts.
 
     Raises:
-        RunFolderError: a part of ``name`` is a link, it is no ordinary file, too large or
-            unreadable.
+        RunFolderError: a part of ``name`` is a link or leads out, or the file is missing, no
+            ordinary one, too large or unreadable.
     """
     where = run_folder / name
     *folders, last = name.split("/")

@@ -110,7 +110,8 @@ def read_index(run_folder: Path) -> AdapterIndex:
     """Read and check the ``adapters.json`` of a finished run.
 
     Raises:
-        ExportError: it is not there, is a link, or is not what pfl-lm writes.
+        ExportError: it is not there, or is not what pfl-lm writes.
+        RunFolderError: it is a link, too large or unreadable.
     """
     where = run_folder / NAME
     if not run_folder.is_dir():

@@ -58,6 +58,7 @@ class OutgoingFile:
 
         Raises:
             ExportError: it is another one by now.
+            RunFolderError: it cannot be read any more.
         """
         content = self._make()
         if hashlib.sha256(content).hexdigest() != self.sha256:
@@ -92,7 +93,8 @@ def client_files(
     """Return what goes out for one client, its files as they will be in ``repo``.
 
     Raises:
-        ExportError: a file is missing, is a link, or is not the one that the index names.
+        ExportError: a file is not the one that the index names.
+        RunFolderError: a file is missing, or is a link.
     """
     slug = index.clients[client].slug
     make = partial(_content, run_folder, index, client, repo)

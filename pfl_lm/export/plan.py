@@ -84,6 +84,7 @@ def plan_push(
 
     Raises:
         ExportError: the run folder does not hold what it says.
+        RunFolderError: a file in it is missing, or is a link.
         HubError: the Hub, the account or the repository does not allow this push.
     """
     check_repo_id(repo)
