@@ -32,6 +32,7 @@ ORDER = (
     ("resume",),
     ("preflight",),
     ("finetune",),
+    ("membership",),
     ("cli",),
 )
 """From the top: a room imports from itself and from rooms above it."""

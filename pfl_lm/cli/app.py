@@ -26,6 +26,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="KEY=VALUE, for example federation.rounds=6.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+ClientId = Annotated[str, typer.Option("--id", metavar="ID", help="The client's id.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -84,6 +85,42 @@ def resume(
         from pfl_lm.cli.resume import resume as verb
 
         verb(run, rounds)
+
+
+@app.command()
+def join(
+    run: RunFolder,
+    client: ClientId,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Its rows, and no others.")],
+    debug: Debug = False,
+) -> None:
+    """Add a client to a run that has begun: it takes part from the next round on.
+
+    If the run is finished, the client gets its adapter at once, by one turn of its own.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.members import join as verb
+
+        verb(run, client, data)
+
+
+@app.command()
+def remove(
+    run: RunFolder,
+    client: ClientId,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Then run all rounds again, without it.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Take a client out of a run: its state, adapter, card, scores and rows of the ledger.
+
+    What the shared adapter has learned from it stays in it, unless --replay is given.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.members import remove as verb
+
+        verb(run, client, replay=replay)
 
 
 @app.command()

@@ -88,6 +88,15 @@ class History:
         """Return the digests of clients that were removed."""
         return {digest for (digest,) in self._ask("SELECT client_digest FROM removed")}
 
+    def newcomers(self, round: int) -> list[str]:
+        """Return who has joined by a round and has not had its first turn, in id order."""
+        rows = self._ask(
+            "SELECT client FROM clients WHERE data_path IS NOT NULL AND joined <= ? "
+            "AND client NOT IN (SELECT client FROM turns) ORDER BY client",
+            round,
+        )
+        return [client for (client,) in rows]
+
     def last_round(self) -> int | None:
         """Return the last round that is over; None before round 0 is."""
         [(last,)] = self._ask("SELECT max(round) FROM rounds")

@@ -23,6 +23,14 @@ from pfl_lm.layout import Vector
 ABOUT_A_CLIENT = ("choices", "scores", "faults", "turns", "cohorts", "clients")
 """Tables with a column ``client``, each before those it refers to."""
 
+INSERT_ABOUT = "INSERT OR REPLACE INTO run VALUES (?, ?)"
+INSERT_MEMBER = "INSERT INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+FORGET_FINISHED = ("DELETE FROM run WHERE key = 'finished'", [()])
+NO_ROUNDS = tuple(
+    (f"DELETE FROM {table}", [()])
+    for table in ("choices", "scores", "faults", "turns", "cohorts", "rounds")
+)
+
 
 class Ledger(History):
     """The open ``federation.sqlite`` of one run folder.
@@ -47,8 +55,8 @@ class Ledger(History):
     def open_run(self, about: Mapping[str, str], members: Iterable[Member]) -> None:
         """Commit what the run is and who takes part: from here on there is a run."""
         self._commit(
-            ("INSERT INTO run VALUES (?, ?)", list(about.items())),
-            ("INSERT INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(m) for m in members]),
+            (INSERT_ABOUT, list(about.items())),
+            (INSERT_MEMBER, [astuple(member) for member in members]),
         )
 
     def begin_attempt(self) -> int:
@@ -65,7 +73,7 @@ class Ledger(History):
 
     def note(self, key: str, value: str) -> None:
         """Commit one more fact about the run, or its new value."""
-        self._commit(("INSERT OR REPLACE INTO run VALUES (?, ?)", [(key, value)]))
+        self._commit((INSERT_ABOUT, [(key, value)]))
 
     def commit_cohort(self, round: int, clients: Iterable[str]) -> None:
         """Commit who takes part in a round, before any of them does."""
@@ -132,32 +140,42 @@ class Ledger(History):
 
         ``about`` are facts about the run that change with it.
         """
-        columns = ("state_path FROM turns", "upload_path FROM turns", "state_path FROM rounds")
-        query = " UNION ".join(f"SELECT {column}" for column in columns)
-        paths = sorted(path for (path,) in self._ask(query) if path is not None)
-        tables = [table for table in ABOUT_A_CLIENT if table != "clients"]
-        self._commit(
-            *((f"DELETE FROM {table}", [()]) for table in (*tables, "rounds")),
-            ("INSERT OR REPLACE INTO run VALUES (?, ?)", list(about.items())),
-        )
+        paths = self._all_files()
+        self._commit(*NO_ROUNDS, (INSERT_ABOUT, list(about.items())))
         return paths
 
     def add_member(self, member: Member) -> None:
-        """Commit that a client has joined."""
-        self._commit(("INSERT INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(member)]))
+        """Commit that a client has joined; a run that was finished has more to do."""
+        self._commit(
+            (INSERT_MEMBER, [astuple(member)]),
+            ("DELETE FROM removed WHERE client_digest = ?", [(client_digest(member.client),)]),
+            FORGET_FINISHED,
+        )
 
-    def remove_member(self, client: str, round: int) -> list[str]:
-        """Forget a client, in one commit, and return the files of its turns.
+    def remove_member(self, client: str, *, replay: bool = False) -> list[str]:
+        """Forget a client, in one commit, and return the files that nobody needs any more.
 
-        What is left of it is a digest of its id, so that its rows are not taken in again.
+        What is left of it is a digest of its id, so that its rows are not taken in again. With
+        ``replay`` every round is forgotten with it, and an automatic rate that it had a say in.
         """
-        columns = "SELECT state_path, upload_path FROM turns WHERE client = ?"
-        paths = sorted(path for row in self._ask(columns, client) for path in row if path)
+        own = "SELECT state_path, upload_path FROM turns WHERE client = ?"
+        paths = self._all_files() if replay else self._paths(own, client)
+        rounds = (*NO_ROUNDS, ("DELETE FROM run WHERE key = 'learning_rate'", [()]))
         self._commit(
             *((f"DELETE FROM {table} WHERE client = ?", [(client,)]) for table in ABOUT_A_CLIENT),
-            ("INSERT OR REPLACE INTO removed VALUES (?, ?)", [(client_digest(client), round)]),
+            ("INSERT OR REPLACE INTO removed VALUES (?)", [(client_digest(client),)]),
+            *(rounds if replay else ()),
+            FORGET_FINISHED,
         )
         return paths
+
+    def _all_files(self) -> list[str]:
+        return self._paths(
+            "SELECT state_path, upload_path FROM turns UNION SELECT state_path, NULL FROM rounds"
+        )
+
+    def _paths(self, query: str, *given: object) -> list[str]:
+        return sorted({path for row in self._ask(query, *given) for path in row if path})
 
     def _commit(self, *statements: tuple[str, Sequence[Sequence[object]]]) -> None:
         with explained(self.path):

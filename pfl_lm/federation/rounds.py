@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pfl_lm.errors import listed
+from pfl_lm.errors import PflError, listed
 from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
@@ -56,6 +56,7 @@ class Orchestrator:
             self._commit(0, server)
         else:
             server = self.store.load_server(self.ledger.server_file(last))
+        self._welcome(last, server)
         self._score(last, server)
 
         for round in range(last + 1, self.recipe.federation.rounds + 1):
@@ -63,6 +64,7 @@ class Orchestrator:
             self._train(round, server)
             server = self.method.aggregate(server, self._uploads(round), round)
             self._commit(round, server)
+            self._welcome(round, server)
             self._score(round, server)
         return server
 
@@ -87,6 +89,20 @@ class Orchestrator:
         if turns < self.recipe.federation.min_clients:
             self.ledger.forgive(round)
             raise self._too_few(round, turns)
+
+    def _welcome(self, round: int, server: ServerState) -> None:
+        """Let clients who have joined take a turn that is theirs alone: nothing is averaged."""
+        newcomers = self.ledger.newcomers(round)
+        sent = {client: self.method.broadcast(server, client) for client in newcomers}
+        tasks = (self._task(round, "train", client, sent[client]) for client in newcomers)
+        for update in self.fleet.run(tasks):
+            if update.fault is not None:
+                what = update.fault.message
+                raise PflError(f"{update.client}: its first turn has failed: {what}")
+            size = size_in_bytes(sent[update.client].vectors.values())
+            kept = replace(update, upload=Upload({}, weight=0.0))
+            self.ledger.commit_turn(kept, None, bytes_down=size)
+            self.watch.turn(update)
 
     def _settle(self, update: Update, sent: Broadcast) -> None:
         """Commit what came of a turn: the turn, or its fault."""

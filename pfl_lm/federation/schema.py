@@ -56,7 +56,7 @@ CREATE TABLE choices (
     client TEXT PRIMARY KEY REFERENCES clients, candidate TEXT NOT NULL, reason TEXT NOT NULL,
     margin REAL NOT NULL, standard_error REAL NOT NULL, round INTEGER NOT NULL
 );
-CREATE TABLE removed (client_digest TEXT PRIMARY KEY, round INTEGER NOT NULL);
+CREATE TABLE removed (client_digest TEXT PRIMARY KEY);
 CREATE TABLE attempts (
     attempt INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL,
     began REAL NOT NULL, ended REAL, outcome TEXT
@@ -97,7 +97,7 @@ CREATE TABLE faults (
 );
 ALTER TABLE choices ADD COLUMN round INTEGER NOT NULL DEFAULT 0;
 UPDATE choices SET round = (SELECT max(round) FROM rounds);
-CREATE TABLE removed (client_digest TEXT PRIMARY KEY, round INTEGER NOT NULL);
+CREATE TABLE removed (client_digest TEXT PRIMARY KEY);
 CREATE TABLE attempts (
     attempt INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL,
     began REAL NOT NULL, ended REAL, outcome TEXT
@@ -131,6 +131,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA secure_delete = ON")  # a client that was removed is gone
     [(version,)] = connection.execute("PRAGMA user_version")
     [(tables,)] = connection.execute("SELECT count(*) FROM sqlite_schema")
     if version == 0 and tables == 0:

@@ -30,6 +30,14 @@ def slugs(client_ids: Iterable[str]) -> dict[str, str]:
     return taken
 
 
+def slug_beside(client: str, taken: Iterable[str]) -> str:
+    """Return a slug for an id that comes late, unlike those that are taken already."""
+    others = set(taken)
+    plain = _plain(client)
+    choices = (plain, *(_with_digest(plain, client, digits) for digits in (8, 32)))
+    return next(s for s in choices if s and s not in others and s not in _RESERVED)
+
+
 def _plain(client: str) -> str:
     ascii_only = unicodedata.normalize("NFKD", client).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:_LONGEST].strip("-")

@@ -178,7 +178,7 @@ def test_a_client_that_is_removed_leaves_a_digest(ledger: Ledger) -> None:
         turn(ledger, client, 1)
         choice = Choice("local", "why", -0.1, 0.1)
         ledger.commit_scores(scored(1, client, score("local"), choice=choice))
-    assert ledger.remove_member("a", 1) == ["a-1", "up-a-1"]
+    assert ledger.remove_member("a") == ["a-1", "up-a-1"]
     assert [member.client for member in ledger.members()] == ["b"]
     assert ledger.removed() == {hashlib.sha256(b"a").hexdigest()}
     assert {row[1] for row in ledger.scores()} == ledger.chosen(1) == {"b"}
