@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pfl_lm.cli.interrupts import Interrupted, Interrupts
+from pfl_lm.errors import LostRankError
+from pfl_lm.resume import has_begun
 
 if TYPE_CHECKING:
     from pfl_lm.data.splits import ClientRows
@@ -31,16 +34,17 @@ def show_run(
     options, folder = loaded.recipe, loaded.run_folder
     how = "going on in" if resume else "into"
     console.print(Text(f"{options.name}: {options.method.name}, {how} {folder}"))
+    interrupts = Interrupts(lambda text: console.print(Text(text)))
     try:
-        with Interrupts(lambda text: console.print(Text(text))) as interrupts:
+        with interrupts, _not_alone(interrupts):
             from pfl_lm.cli.display import Display
             from pfl_lm.finetune import finetune
             from pfl_lm.report.table import client_table, summary_lines
 
             with Display(console, options.training.rows_in_step, interrupts) as display:
                 result = finetune(loaded, display, clients, resume=resume)
-    except BaseException as error:
-        if (folder / "federation.sqlite").exists() and isinstance(error, Interrupted):
+    except Interrupted:
+        if has_begun(folder):
             console.print(Text(f"stopped; to go on: {resume_command(folder)}"))
         raise
     if console.quiet:
@@ -49,6 +53,16 @@ def show_run(
     console.print(client_table(result.clients))
     for line in summary_lines(result.clients, result.folder):
         console.print(Text(line))
+
+
+@contextmanager
+def _not_alone(interrupts: Interrupts) -> Iterator[None]:
+    """Take the loss of another rank for what it is when both were asked to stop."""
+    try:
+        yield
+    except LostRankError:
+        interrupts.check()
+        raise
 
 
 def run_console() -> Console:

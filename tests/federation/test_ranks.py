@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from pfl_lm.errors import PflError
+from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.fleet import start
 from pfl_lm.federation.fleet.start import connected, join_ranks, lone_launch, rank_0_first
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import RuntimeOptions, load_recipe
+from tests.federation import rank_runs
+from tests.same import facts_in
 from tests.tiny import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -93,13 +96,20 @@ def ranks(place: Path) -> list[Ended]:
     """Run two recipes on two ranks and then one that fails, and meanwhile the two here."""
     well = [str(recipe(place, f"two-{name}", **how)) for name, how in BOTH.items()]
     failing = str(recipe(place, "failing"))
-    started = by_hand(*RUNS, *well, "--failing", "bob", failing)
+    faulty = str(recipe(place, "two-faulty"))
+    spoiled = ("--faulty", "bob", faulty, "--failing", "bob", failing)
+    started = by_hand(*RUNS, *well, *spoiled)
     for name, how in BOTH.items():
         finetune(load_recipe(recipe(place, f"one-{name}", **how)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClientSide, "_train", ClientSide._train)  # to be put back
+        patch.setenv("RANK", "1")  # whose turn bob's is there
+        rank_runs.spoil("--faulty", "bob")
+        finetune(load_recipe(recipe(place, "one-faulty")))
     return [end_of(process) for process in started]
 
 
-@pytest.mark.parametrize("name", ["fixed", "auto"])
+@pytest.mark.parametrize("name", ["fixed", "auto", "faulty"])
 def test_two_ranks_leave_the_same_bytes_as_one_process(
     ranks: list[Ended], place: Path, name: str
 ) -> None:
@@ -107,8 +117,15 @@ def test_two_ranks_leave_the_same_bytes_as_one_process(
     assert {"adapters.json", "metrics.csv", "adapters/bob/adapter_model.safetensors"} <= set(alone)
     assert shared == alone
     (_, out, _), (_, other_out, _) = ranks
-    assert out.count("round 2/2") == 2  # once for each recipe: one rank speaks
+    assert out.count("round 2/2") == 3  # once for each recipe: one rank speaks
     assert other_out == ""
+
+
+def test_a_turn_that_fails_on_rank_1_is_left_out(ranks: list[Ended], place: Path) -> None:
+    facts = [facts_in(place / f"{n}-faulty" / "runs" / "tiny") for n in ("one", "two")]
+    # On two ranks bob's second try is alone in its wave, on rank 0.
+    assert [row[:4] for row in facts[1]["faults"]] == [row[:4] for row in facts[0]["faults"]]
+    assert {row[1] for row in facts[1]["turns"]} == {"alice", "carol"}
 
 
 def test_a_clients_failure_on_rank_1_ends_both(ranks: list[Ended], place: Path) -> None:
