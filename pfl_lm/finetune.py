@@ -173,7 +173,8 @@ def _rounds(
 
 def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
     """Build what carries out tasks on this rank."""
-    setup = Setup(fixed.adapter.layout, len(fixed.dataset), recipe.seed, recipe.training)
+    layout, n_clients = fixed.adapter.layout, len(fixed.dataset)
+    setup = Setup(layout, n_clients, recipe.seed, recipe.training, recipe.aggregation)
     return ClientSide(
         method=METHODS[recipe.method.name](recipe.method, setup),
         adapter=fixed.adapter,

@@ -9,6 +9,7 @@ from pfl_lm.recipe.methods import (
 )
 from pfl_lm.recipe.schema import (
     AdapterOptions,
+    AggregationOptions,
     BackboneOptions,
     DataOptions,
     FederationOptions,
@@ -20,6 +21,7 @@ from pfl_lm.recipe.schema import (
 
 __all__ = [
     "AdapterOptions",
+    "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
     "FedAvgOptions",

@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pfl_lm.recipe.methods import MethodOptions, PFLAlignOptions
+from pfl_lm.recipe.aggregation import AggregationOptions
+from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.sections import (
     AdapterOptions,
@@ -20,6 +21,7 @@ from pfl_lm.recipe.sections import (
 
 __all__ = [
     "AdapterOptions",
+    "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
     "FederationOptions",
@@ -66,6 +68,11 @@ class Recipe(Options):
         description="How the clients' adapters are personalized and averaged.",
         examples=[{"name": "pflalign"}],
     )
+    aggregation: AggregationOptions = Field(
+        default_factory=AggregationOptions,
+        description="What the server makes of the clients' uploads.",
+        examples=[{"rule": "median"}],
+    )
     runtime: RuntimeOptions = Field(
         default_factory=RuntimeOptions,
         description="Where the run is written and what it may use.",
@@ -106,6 +113,17 @@ class Recipe(Options):
                 "`update_scale: none`); here give a number, for AdamW for example 0.002",
                 "training",
                 "learning_rate",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_rule_has_something_to_average(self) -> Self:
+        if isinstance(self.method, LocalOptions) and self.aggregation.rule != "mean":
+            raise broken(
+                "`local` sends nothing to the server, so no rule has anything to work on; "
+                "leave `aggregation` out, or choose another method",
+                "aggregation",
+                "rule",
             )
         return self
 
