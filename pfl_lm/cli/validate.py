@@ -8,6 +8,8 @@ from pathlib import Path
 import typer
 
 from pfl_lm.cli.exits import plain
+from pfl_lm.data.files import find_files
+from pfl_lm.data.formats import format_of
 from pfl_lm.preflight import Checked, check_recipe
 
 MOST_CLIENTS = 20
@@ -33,6 +35,7 @@ def _report(checked: Checked) -> str:
         f"{checked.loaded.path} is valid.",
         f"  method      {recipe.method.name}, {recipe.federation.rounds} rounds "
         f"of {recipe.training.length}",
+        f"  data        {_data(checked)}",
         f"  clients     {len(clients)}, with rows for train / validation / test:",
     ]
     width = max(len(client) for client in list(clients)[:MOST_CLIENTS])
@@ -43,3 +46,13 @@ def _report(checked: Checked) -> str:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")
     return "\n".join(lines)
+
+
+def _data(checked: Checked) -> str:
+    """Say the format of the rows, how it is known, and how many files they are in."""
+    options = checked.loaded.recipe.data
+    files = find_files(options.path)
+    format = format_of(next(iter(checked.clients.values())).train[0].content)
+    known = "told by its columns" if options.format == "auto" else "as data.format says"
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return f"{format}, {known}, from {count} of {files[0].kind.name}"

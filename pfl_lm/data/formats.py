@@ -55,6 +55,13 @@ def formats_of(columns: Collection[str]) -> list[Format]:
     return found or (["prompt_completion"] if half else [])
 
 
+def format_of(content: Content) -> Format:
+    """Return the format that a row of this content was read in."""
+    if isinstance(content, PromptCompletion):
+        return "prompt_completion"
+    return "messages" if isinstance(content, Conversation) else "text"
+
+
 def first_column(format: Format, columns: Collection[str]) -> str:
     """Return the column of a format that comes first in ``columns``."""
     mine = {name for names in _COLUMNS[format] for name in names}

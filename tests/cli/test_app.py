@@ -65,10 +65,13 @@ def test_validate_says_what_a_run_would_be(tmp_path: Path, clients_jsonl: Path) 
     lines = stdout.splitlines()
     assert lines[0] == f"{recipe} is valid."
     assert lines[1] == "  method      pflalign, 2 rounds of 3 steps"
-    assert lines[2] == "  clients     3, with rows for train / validation / test:"
-    assert all(line.endswith("  5 / 1 / 2") for line in lines[3:6])
-    assert lines[6] == f"  run folder  {tmp_path / 'my runs' / 'small'}"
-    assert lines[7] == f"Next: pfl-lm finetune {recipe} data.split_column=split '{out}'"
+    assert lines[2] == (
+        "  data        prompt_completion, told by its columns, from 1 file of JSON Lines"
+    )
+    assert lines[3] == "  clients     3, with rows for train / validation / test:"
+    assert all(line.endswith("  5 / 1 / 2") for line in lines[4:7])
+    assert lines[7] == f"  run folder  {tmp_path / 'my runs' / 'small'}"
+    assert lines[8] == f"Next: pfl-lm finetune {recipe} data.split_column=split '{out}'"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clients.jsonl", "recipe.yaml"]
 
 
