@@ -21,7 +21,7 @@ from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
-from pfl_lm.federation.cohort import cohort
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
@@ -150,10 +150,19 @@ def _rounds(
     if fixed.accelerator.num_processes > 1:
         fleet = RankFleet(side, fixed.accelerator)
     steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
+    cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
-    fixed.watch.begin(_workload(recipe, side, steps, server))
+    fixed.watch.begin(_workload(cohorts, side, steps, server))
     orchestrator = Orchestrator(
-        recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
+        recipe=recipe,
+        steps=steps,
+        cohorts=cohorts,
+        method=side.method,
+        fleet=fleet,
+        store=fixed.store,
+        ledger=ledger,
+        watch=fixed.watch,
+        check_first_round=check_first_round,
     )
     return side, orchestrator.run(server)
 
@@ -200,15 +209,11 @@ def _open(
 
 
 def _workload(
-    recipe: Recipe, side: ClientSide, steps: Mapping[str, int], server: ServerState
+    cohorts: Cohorts, side: ClientSide, steps: Mapping[str, int], server: ServerState
 ) -> Workload:
     dataset = side.dataset
-    rounds, ids = recipe.federation.rounds, dataset.client_ids
-    n_steps = sum(
-        steps[client]
-        for round in range(1, rounds + 1)
-        for client in cohort(ids, recipe.federation.fraction_train, seed=recipe.seed, round=round)
-    )
+    rounds, ids = cohorts.options.rounds, dataset.client_ids
+    n_steps = sum(steps[client] for chosen in cohorts.all() for client in chosen)
     validation = sum(len(dataset.validation(client)) for client in ids)
     test = sum(len(dataset[client].test_rows) for client in ids)
     candidates = len(side.candidates(ids[0], side.method.broadcast(server, ids[0]), None))

@@ -41,6 +41,7 @@ TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
     *("pfl_lm.recipe.reference", "pfl_lm.preflight"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
+    *("pfl_lm.federation.availability", "pfl_lm.federation.cohort"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
@@ -124,8 +125,18 @@ def test_rooms_of_one_rank_go_in_order() -> None:
 
 def test_preflight_looks_at_files_alone() -> None:
     used = {imported for importer, imported in graph() if importer == "pfl_lm.preflight"}
-    assert {room_of(module) for module in used} == {"errors", "recipe", "data", "model"}
-    assert {module for module in used if room_of(module) == "model"} == {"pfl_lm.model.package"}
+    assert {room_of(module) for module in used} == {
+        "errors",
+        "recipe",
+        "data",
+        "model",
+        "federation",
+    }
+    assert {module for module in used if room_of(module) in ("model", "federation")} == {
+        "pfl_lm.model.package",
+        "pfl_lm.federation.availability",
+        "pfl_lm.federation.cohort",
+    }
 
 
 def test_what_runs_before_a_fit_imports_no_torch() -> None:

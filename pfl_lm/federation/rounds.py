@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pfl_lm.federation.cohort import cohort
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
 from pfl_lm.federation.messages import Assignment, Kind, Score, Update
@@ -32,6 +32,7 @@ class Orchestrator:
 
     recipe: Recipe
     steps: Mapping[str, int]
+    cohorts: Cohorts
     method: Method
     fleet: Fleet
     store: Store
@@ -50,12 +51,7 @@ class Orchestrator:
         self._score(0, server, "evaluate")
 
         for round in range(1, rounds + 1):
-            chosen = cohort(
-                list(self.steps),
-                self.recipe.federation.fraction_train,
-                seed=self.recipe.seed,
-                round=round,
-            )
+            chosen = self.cohorts(round)
             turns = self._train(round, server, chosen)
             uploads = [upload_of(turns[client]) for client in sorted(turns)]
             server = self.method.aggregate(server, uploads, round)
