@@ -21,6 +21,7 @@ from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
@@ -163,10 +164,19 @@ def _rounds(
     if fixed.accelerator.num_processes > 1:
         fleet = RankFleet(side, fixed.accelerator)
     steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
+    cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
-    fixed.watch.begin(workload(recipe, side, steps, server, ledger))
+    fixed.watch.begin(workload(cohorts, side, steps, server, ledger))
     orchestrator = Orchestrator(
-        recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
+        recipe=recipe,
+        steps=steps,
+        cohorts=cohorts,
+        method=side.method,
+        fleet=fleet,
+        store=fixed.store,
+        ledger=ledger,
+        watch=fixed.watch,
+        check_first_round=check_first_round,
     )
     return side, orchestrator.run(server)
 

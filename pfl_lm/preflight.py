@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +15,14 @@ from typing import TypeVar
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError, RecipeError, RunFolderError
+from pfl_lm.federation.availability import Trace, read_trace
+from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
 from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker
 from pfl_lm.recipe.draft import read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
-from pfl_lm.recipe.sections import BackboneOptions, DataOptions
+from pfl_lm.recipe.sections import BackboneOptions, DataOptions, FederationOptions
 from pfl_lm.resume import has_begun, run_clients
 
 Part = TypeVar("Part")
@@ -45,7 +47,9 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     """
     recipe = loaded.recipe
     folder = loaded.run_folder if to_run else None
-    clients, faults = _check(Parts(recipe.backbone, recipe.data, folder, recipe.runtime))
+    clients, faults = _check(
+        Parts(recipe.backbone, recipe.data, folder, recipe.runtime, recipe.federation)
+    )
     if faults or clients is None:
         raise _one(faults)
     return clients
@@ -121,6 +125,7 @@ def check_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tr
 def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     faults: list[PflError] = []
     clients = _try(_read_clients, parts.data, faults)
+    _check_cohorts(parts.federation, clients, faults)
     _try(_find_backbone, parts.backbone, faults)
     _try(refuse_occupied, parts.run_folder, faults)
     _try(refuse_no_tracker, parts.runtime, faults)
@@ -139,6 +144,28 @@ def _try(
 
 def _read_clients(data: DataOptions) -> dict[str, ClientRows]:
     return split_clients(read_records(data), data.validation_fraction)
+
+
+def _check_cohorts(
+    options: FederationOptions | None,
+    clients: Mapping[str, ClientRows] | None,
+    faults: list[PflError],
+) -> None:
+    """Check the trace by itself if the clients are not known, the rounds if they are.
+
+    Without the trace that the recipe names, a round is taken to reach everybody, which is the most
+    that any trace could give it.
+    """
+
+    def read(options: FederationOptions) -> Trace | None:
+        return None if options.availability is None else read_trace(options.availability, clients)
+
+    def refuse(options: FederationOptions) -> None:
+        if clients is not None:
+            refuse_small_rounds(options, len(clients), trace)
+
+    trace = _try(read, options, faults)
+    _try(refuse, options, faults)
 
 
 def _find_backbone(backbone: BackboneOptions) -> None:

@@ -45,6 +45,7 @@ TORCH_FREE = (
     *("pfl_lm.sealed", "pfl_lm.recipe.reference", "pfl_lm.preflight", "pfl_lm.resume"),
     *("pfl_lm.federation.history", "pfl_lm.federation.lock", "pfl_lm.cli.resume"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
+    *("pfl_lm.federation.availability", "pfl_lm.federation.cohort"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
@@ -132,6 +133,8 @@ def test_preflight_looks_at_files_alone() -> None:
     assert {room_of(module) for module in used} == rooms
     assert {m for m in used if room_of(m) in ("model", "federation")} == {
         "pfl_lm.model.package",
+        "pfl_lm.federation.availability",
+        "pfl_lm.federation.cohort",
         "pfl_lm.federation.folder",
     }
 

@@ -106,10 +106,12 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         "state",
         f"{size(sum(traffic.state.values()))} a client stays with it: {', '.join(traffic.state)}",
     )
+    least, most = plan.in_round
+    in_round = f"{most}" if least == most else f"{least} to {most}"
+    up, down = (_up_to(least * n, most * n) for n in (traffic.up, traffic.down))
     yield (
         "traffic",
-        f"{size(plan.in_round * traffic.up)} up and {size(plan.in_round * traffic.down)} down "
-        f"a round, {plan.in_round} of {len(plan.clients)} clients",
+        f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",
     )
     yield "work", f"{plan.steps:,} optimizer steps in all"
     yield from _memory(plan)
@@ -118,6 +120,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"about {size(disk.at_end)} of tensors at the end, {size(disk.at_most)} at most, "
         f"in {len(disk.files)} files",
     )
+
+
+def _up_to(least: int, most: int) -> str:
+    return size(most) if least == most else f"{size(least)} to {size(most)}"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:

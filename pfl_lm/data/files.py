@@ -29,6 +29,9 @@ class Kind:
     read: Callable[[BinaryIO], Iterator[tuple[int, Row]]]
 
 
+DATA = "data.path"
+"""The key at which a recipe names its data."""
+
 JSON_LINES = Kind("JSON Lines", "JSON Lines in UTF-8: one object a line", "line", read_json_lines)
 CSV = Kind("CSV", "CSV in UTF-8: a header, then rows of cells set off by commas", "row", read_csv)
 PARQUET = Kind("Parquet", "Parquet", "row", read_parquet)
@@ -58,7 +61,7 @@ class DataFile:
         Raises:
             DataError: it cannot be opened.
         """
-        with _open(str(self.path)) as file:
+        with open_file(str(self.path)) as file:
             for number, columns in self.kind.read(file):
                 yield RawRow(self, number, columns)
 
@@ -93,7 +96,7 @@ def find_files(name: str) -> list[DataFile]:
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
-        raise _unreadable(name, error) from None
+        raise _unreadable(name, error, DATA) from None
     problems = Problems()
     files = [file for entry in entries if (file := _client_file(entry, path, problems))]
     _check_together(files, problems)
@@ -147,21 +150,26 @@ def _check_together(files: list[DataFile], problems: Problems) -> None:
             problems.add(f"{other!r} and {file.path.name!r} are both of client {file.client!r}")
 
 
-def _open(name: str) -> BinaryIO:
+def open_file(name: str, key: str = DATA) -> BinaryIO:
+    """Open a file that the recipe names at ``key``.
+
+    Raises:
+        DataError: it is not there or cannot be read.
+    """
     try:
         return Path(name).open("rb")
     except FileNotFoundError:
-        message = f"data.path: there is no file {name!r}."
+        message = f"{key}: there is no file {name!r}."
         raise DataError(
             message, hint="a relative path is read from the recipe's folder; check the spelling"
         ) from None
     except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
+        raise _unreadable(name, error, key) from None
 
 
-def _unreadable(name: str, error: OSError | ValueError) -> DataError:
+def _unreadable(name: str, error: OSError | ValueError, key: str) -> DataError:
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return DataError(
-        f"data.path: {name!r} cannot be read ({reason}).",
+        f"{key}: {name!r} cannot be read ({reason}).",
         hint="check that it is a file and that you may read it",
     )

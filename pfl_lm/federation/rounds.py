@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pfl_lm.errors import PflError, listed
-from pfl_lm.federation.cohort import cohort
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.history import MOST_TRIES
@@ -31,6 +31,7 @@ class Orchestrator:
 
     recipe: Recipe
     steps: Mapping[str, int]
+    cohorts: Cohorts
     method: Method
     fleet: Fleet
     store: Store
@@ -72,8 +73,7 @@ class Orchestrator:
         """Settle who takes part, once: members may come and go before the round is over."""
         if self.ledger.cohort(round) is None:
             members = [m.client for m in self.ledger.members() if m.joined < round]
-            share, seed = self.recipe.federation.fraction_train, self.recipe.seed
-            self.ledger.commit_cohort(round, cohort(members, share, seed=seed, round=round))
+            self.ledger.commit_cohort(round, self.cohorts(round, members))
 
     def _train(self, round: int, server: ServerState) -> None:
         """Let the cohort take its turns; who fails is asked once more, then left out."""

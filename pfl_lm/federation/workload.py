@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pfl_lm.federation.client import ClientSide
-from pfl_lm.federation.cohort import cohort
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.history import History
 from pfl_lm.federation.watch import Workload
 from pfl_lm.methods import ServerState
-from pfl_lm.recipe import Recipe
 
 
 def workload(
-    recipe: Recipe, side: ClientSide, steps: Mapping[str, int], server: ServerState, past: History
+    cohorts: Cohorts, side: ClientSide, steps: Mapping[str, int], server: ServerState, past: History
 ) -> Workload:
     """Count the optimizer steps and the rows to score that ``past`` does not hold yet.
 
     ``server`` is any state of the server: only the names of its candidates matter.
     """
-    rounds, members = recipe.federation.rounds, past.members()
+    rounds, members = cohorts.options.rounds, past.members()
     done = past.last_round()
     first = -1 if done is None else done
 
@@ -29,8 +28,7 @@ def workload(
             chosen = past.waiting(round)
         else:
             ids = [member.client for member in members if member.joined < round]
-            share = recipe.federation.fraction_train
-            chosen = cohort(ids, share, seed=recipe.seed, round=round) if round else []
+            chosen = cohorts(round, ids) if round else []
         left += sum(steps[client] for client in chosen)
 
     dataset = side.dataset

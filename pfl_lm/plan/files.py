@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.plan.traffic import Traffic
 from pfl_lm.recipe import Recipe
@@ -26,22 +25,18 @@ class Disk:
     at_most: int
 
 
-def cohorts(recipe: Recipe, clients: Sequence[str]) -> list[list[str]]:
-    """Return who trains in each round, from round 1."""
-    share, seed = recipe.federation.fraction_train, recipe.seed
-    rounds = range(1, recipe.federation.rounds + 1)
-    return [cohort(clients, share, seed=seed, round=round) for round in rounds]
-
-
 def planned_disk(
-    recipe: Recipe, clients: Sequence[str], traffic: Traffic, adapter_bytes: int
+    recipe: Recipe,
+    clients: Sequence[str],
+    taking_part: Sequence[Sequence[str]],
+    traffic: Traffic,
+    adapter_bytes: int,
 ) -> Disk:
-    """List what a run of these clients leaves; ``adapter_bytes`` are those of one adapter.
+    """List what a run of these clients leaves, of whom some take part in each round.
 
-    While a round goes on, its clients' old and new states, their uploads and two states of the
-    server lie side by side.
+    ``adapter_bytes`` are those of one adapter. While a round goes on, its clients' old and new
+    states, their uploads and two states of the server lie side by side.
     """
-    taking_part = cohorts(recipe, clients)
     last = {client: n for n, chosen in enumerate(taking_part, 1) for client in chosen}
     shared = "global" in traffic.candidates
     names = slugs(clients)
@@ -49,7 +44,7 @@ def planned_disk(
     state = sum(traffic.state.values())
     kept = len(last) * state + traffic.server
     exported = (len(clients) + shared) * adapter_bytes
-    during = kept + traffic.server + len(taking_part[0]) * (state + traffic.up)
+    during = kept + traffic.server + max(map(len, taking_part)) * (state + traffic.up)
     return Disk(
         files=(
             *("recipe.yaml", "recipe.resolved.yaml", "federation.sqlite"),

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import ClientData, FederatedDataset
 from pfl_lm.data.splits import ClientRows
+from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.layout import AdapterLayout
 from pfl_lm.methods import METHODS, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import pick_dtype
 from pfl_lm.model.outline import find_source, outline_backbone
-from pfl_lm.plan.files import Disk, cohorts, planned_disk
+from pfl_lm.plan.files import Disk, planned_disk
 from pfl_lm.plan.memory import Memory, process_bytes, vector_bytes
 from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
 from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
@@ -50,7 +51,7 @@ class Plan:
         dtype: the precision of its weights there.
         parameters: how many it has.
         layout: of every adapter.
-        in_round: how many clients train in a round.
+        in_round: how many clients train in a round, at least and at most.
         steps: optimizer steps of all rounds and clients.
         memory: None if this backbone's code asks for numbers, which a plan has not got.
     """
@@ -60,7 +61,7 @@ class Plan:
     parameters: int
     layout: AdapterLayout
     clients: tuple[ClientPlan, ...]
-    in_round: int
+    in_round: tuple[int, int]
     steps: int
     traffic: Traffic
     memory: Memory | None
@@ -95,7 +96,8 @@ def make_plan(
     traffic = count_traffic(METHODS[recipe.method.name](recipe.method, setup), layout)
     clients = tuple(_client(client, recipe) for client in dataset)
     steps = {client.id: client.steps for client in clients}
-    taking_part = cohorts(recipe, dataset.client_ids)
+    taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()
+    sizes = [len(chosen) for chosen in taking_part]
     blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, say)
     memory = None
     if blocks is not None:
@@ -103,7 +105,7 @@ def make_plan(
             process=process,
             weights=parameters * dtype.itemsize,
             file=0 if outline.stored == dtype else parameters * outline.stored.itemsize,
-            vectors=vector_bytes(recipe, layout, traffic, len(taking_part[0])),
+            vectors=vector_bytes(recipe, layout, traffic, max(sizes)),
             blocks=blocks,
             on_host=device.type == "cpu",
         )
@@ -113,11 +115,11 @@ def make_plan(
         parameters=parameters,
         layout=layout,
         clients=clients,
-        in_round=len(taking_part[0]),
+        in_round=(min(sizes), max(sizes)),
         steps=sum(steps[client] for chosen in taking_part for client in chosen),
         traffic=traffic,
         memory=memory,
-        disk=planned_disk(recipe, dataset.client_ids, traffic, FLOAT * layout.d),
+        disk=planned_disk(recipe, dataset.client_ids, taking_part, traffic, FLOAT * layout.d),
     )
 
 

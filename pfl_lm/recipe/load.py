@@ -13,9 +13,15 @@ from pfl_lm.errors import RecipeError, listed
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
 from pfl_lm.recipe.options import Options
-from pfl_lm.recipe.places import place_backbone, place_data, place_runtime
+from pfl_lm.recipe.places import place_backbone, place_data, place_federation, place_runtime
 from pfl_lm.recipe.schema import Recipe
-from pfl_lm.recipe.sections import BackboneOptions, DataOptions, RunName, RuntimeOptions
+from pfl_lm.recipe.sections import (
+    BackboneOptions,
+    DataOptions,
+    FederationOptions,
+    RunName,
+    RuntimeOptions,
+)
 from pfl_lm.recipe.write import write_yaml
 
 Section = TypeVar("Section", bound=Options)
@@ -51,6 +57,7 @@ class Parts:
     data: DataOptions | None
     run_folder: Path | None
     runtime: RuntimeOptions | None
+    federation: FederationOptions | None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -80,6 +87,7 @@ def check_draft(draft: Draft) -> LoadedRecipe:
     placed = {
         "backbone": place_backbone(recipe.backbone, draft),
         "data": place_data(recipe.data, draft),
+        "federation": place_federation(recipe.federation, draft),
         "runtime": place_runtime(recipe.runtime, draft),
     }
     return LoadedRecipe(recipe.model_copy(update=placed), draft.path, draft.source_text)
@@ -90,11 +98,13 @@ def valid_parts(draft: Draft) -> Parts:
     backbone = _part(BackboneOptions, "backbone", place_backbone, draft)
     data = _part(DataOptions, "data", place_data, draft)
     runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
+    federation = _part(FederationOptions, "federation", place_federation, draft)
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, data, None, runtime)
-    return Parts(backbone, data, Path(runtime.output_dir) / name if runtime else None, runtime)
+        return Parts(backbone, data, None, runtime, federation)
+    folder = Path(runtime.output_dir) / name if runtime else None
+    return Parts(backbone, data, folder, runtime, federation)
 
 
 def _part(

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from pfl_lm.errors import RecipeError
 from pfl_lm.recipe.draft import Draft
-from pfl_lm.recipe.sections import BackboneOptions, DataOptions, RuntimeOptions
+from pfl_lm.recipe.sections import (
+    BackboneOptions,
+    DataOptions,
+    FederationOptions,
+    RuntimeOptions,
+)
 from pfl_lm.recipe.yaml12 import Location
 
 
@@ -14,6 +19,14 @@ def place_data(data: DataOptions, draft: Draft) -> DataOptions:
     """Return the section with ``path`` absolute."""
     path = _absolute(data.path, ("data", "path"), draft)
     return data.model_copy(update={"path": str(path)})
+
+
+def place_federation(federation: FederationOptions, draft: Draft) -> FederationOptions:
+    """Return the section with ``availability`` absolute, if there is one."""
+    if federation.availability is None:
+        return federation
+    path = _absolute(federation.availability, ("federation", "availability"), draft)
+    return federation.model_copy(update={"availability": str(path)})
 
 
 def place_backbone(backbone: BackboneOptions, draft: Draft) -> BackboneOptions:

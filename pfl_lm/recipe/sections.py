@@ -199,14 +199,66 @@ class FederationOptions(Options):
     """Rounds and cohorts; names as in Flower."""
 
     rounds: int = Field(ge=1, description="Number of federated rounds.", examples=[3])
-    fraction_train: float = Field(
-        default=1.0, gt=0, le=1, description="Share of the clients that train in a round."
+    fraction_train: float | None = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the clients that train in a round; of those that can be reached, if "
+        "there is a trace of them. This or `clients_per_round`.",
+    )
+    clients_per_round: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of clients that train in a round; all, if fewer can be reached.",
+    )
+    sampling: Literal["uniform", "examples"] = Field(
+        default="uniform",
+        description="How they are drawn, without replacement: all alike, or each with a "
+        "probability in proportion to its train rows.",
+    )
+    availability: Text | None = Field(
+        default=None,
+        description="CSV file that says who can be reached when: a row `round,client` for each "
+        "client in a round, rounds from 1; after its last round it starts again.",
     )
     min_clients: int = Field(
-        default=1,
-        ge=1,
-        description="Clients whose turns a round needs; with fewer the run stops, to be resumed.",
+        default=1, ge=1, description="Number of clients that a round needs at least."
     )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**63 - 1,
+        description="Seed of the cohorts alone; not set: the recipe's.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_replaces_fraction(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("clients_per_round") is not None:
+            return {"fraction_train": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.fraction_train is None) == (self.clients_per_round is None):
+            have = "neither is" if self.fraction_train is None else "both are"
+            raise broken(
+                f"needs exactly one of `fraction_train` and `clients_per_round`; {have} given"
+            )
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise broken(
+                f"must be at most `clients_per_round` ({self.clients_per_round}), or round 1 has "
+                f"too few already; got {self.min_clients}",
+                "min_clients",
+            )
+        return self
+
+    def cohort_size(self, n_reached: int) -> int:
+        """Return how many train in a round in which so many, at least one, can be reached."""
+        if self.clients_per_round is not None:
+            return min(self.clients_per_round, n_reached)
+        assert self.fraction_train is not None
+        return min(max(1, int(self.fraction_train * n_reached + 0.5)), n_reached)  # halves up
 
 
 class TrainingOptions(Options):

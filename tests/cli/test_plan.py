@@ -63,7 +63,11 @@ def test_the_resolved_recipe_is_shown_whole(plan: str, tmp_path: Path) -> None:
     assert read_yaml(shown.encode(), "shown").data["federation"] == {
         "rounds": 3,
         "fraction_train": 1.0,
+        "clients_per_round": None,
+        "sampling": "uniform",
+        "availability": None,
         "min_clients": 1,
+        "seed": None,
     }
 
 

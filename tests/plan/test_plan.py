@@ -63,7 +63,7 @@ def test_the_run_is_as_planned(tmp_path: Path, method: str, fraction: float) -> 
         ).fetchall()
     assert {turn[:2] for turn in turns} == {(plan.traffic.up, plan.traffic.down)}
     assert plan.steps == sum(turn[2] for turn in turns)
-    assert cohorts == 2 * [(plan.in_round,)]
+    assert [size for (size,) in cohorts] == list(plan.in_round)
     assert clients == [(c.id, c.id, c.train, c.validation, c.test) for c in plan.clients]
     scored = json.loads(files["adapters.json"])["clients"]["bob"]["scores"]["validation"]
     assert {*plan.traffic.candidates, "base"} == scored.keys()

@@ -228,6 +228,32 @@ def test_the_resolved_recipe_loads_to_the_same_recipe(tmp_path: Path, elsewhere:
     assert again.resolved() == loaded.resolved()
 
 
+def test_a_number_of_clients_stands_in_the_place_of_a_share(
+    tmp_path: Path, elsewhere: Path
+) -> None:
+    loaded = load(tmp_path, "federation.clients_per_round=4")
+    assert loaded.recipe.federation.fraction_train is None
+    assert loaded.recipe.federation.clients_per_round == 4
+    copy = elsewhere / "recipe.resolved.yaml"
+    copy.write_text(loaded.resolved(), encoding="utf-8")
+
+    assert load_recipe(copy).recipe == loaded.recipe
+    shared = load_recipe(copy, ["federation={rounds: 2}"]).recipe.federation
+    assert (shared.fraction_train, shared.clients_per_round) == (1.0, None)
+
+
+def test_a_trace_is_found_as_the_data_are(tmp_path: Path, elsewhere: Path) -> None:
+    inside = MINIMAL.replace("{rounds: 2}", "{rounds: 2, availability: traces/day.csv}")
+    loaded = load(tmp_path, text=inside)
+    assert loaded.recipe.federation.availability == str(tmp_path / "traces" / "day.csv")
+    copy = elsewhere / "recipe.resolved.yaml"
+    copy.write_text(loaded.resolved(), encoding="utf-8")
+
+    assert load_recipe(copy).recipe.federation == loaded.recipe.federation
+    given = load(tmp_path, "federation.availability=day.csv").recipe.federation.availability
+    assert given == str(elsewhere / "day.csv")
+
+
 def test_the_resolved_recipe_says_everything_in_schema_order(tmp_path: Path) -> None:
     loaded = load(tmp_path)
 

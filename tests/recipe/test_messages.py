@@ -255,6 +255,39 @@ RULES = [
         "auto is for pflalign's preconditioned gradient (`precondition_target: gradient`, "
         "`update_scale: none`); here give a number, for AdamW for example 0.002",
     ),
+    (
+        ["federation.clients_per_round=2", "federation.fraction_train=1.0"],
+        "federation: needs exactly one of `fraction_train` and `clients_per_round`; both are given",
+    ),
+    (
+        ["federation.fraction_train=null"],
+        "needs exactly one of `fraction_train` and `clients_per_round`; neither is given",
+    ),
+    (
+        ["federation.clients_per_round=2", "federation.min_clients=3"],
+        "must be at most `clients_per_round` (2), or round 1 has too few already; got 3",
+    ),
+    (
+        ["federation.clients_per_round=0"],
+        "must be a whole number of at least 1, got 0",
+    ),
+    (["federation.min_clients=0"], "must be a whole number of at least 1, got 0"),
+    (
+        ["federation.fraction_train=0"],
+        "must be a number greater than 0 and at most 1, got 0",
+    ),
+    (
+        ["federation.seed=-1"],
+        "must be a whole number from 0 to 9223372036854775807, got -1",
+    ),
+    (
+        ["federation.sampling=example"],
+        "must be one of uniform, examples, got 'example'. Did you mean `examples`?",
+    ),
+    (["federation.availability=''"], "must not be empty"),
+    (["federation.trace=x.csv"], "unknown key. Did you mean `federation.availability`?"),
+    (["federation.cohort_size=3"], "unknown key. Did you mean `federation.clients_per_round`?"),
+    (["federation.min_available_nodes=3"], "unknown key. Did you mean `federation.min_clients`?"),
     (["training.learning_rate=often"], "expected a number, got 'often'"),
     (
         ["method.preset=sgd", "method.correction=half"],

@@ -112,6 +112,68 @@ def test_recipe_and_file_problems_are_told_together(tmp_path: Path) -> None:
     assert any("already holds a run" in line for line in told[3:])
 
 
+def trace(folder: Path, rows: str) -> str:
+    (folder / "trace.csv").write_text(f"round,client\n{rows}", encoding="utf-8")
+    return f"federation.availability={folder}/trace.csv"
+
+
+def test_a_trace_is_held_against_the_clients(tmp_path: Path, clients_jsonl: Path) -> None:
+    out = [f"runtime.output_dir={tmp_path}", "data.split_column=split"]
+    ids = list(preflight(load(tmp_path, *out)))
+    rows = f"1,{ids[0]}\n1,{ids[1]}\n2,{ids[2]}\n"
+    preflight(load(tmp_path, *out, trace(tmp_path, rows)))
+
+    with pytest.raises(DataError) as caught:
+        preflight(load(tmp_path, *out, trace(tmp_path, f"{rows}2,nobody\n4,{ids[0]}\n")))
+    assert caught.value.message.splitlines() == [
+        f"federation.availability: {tmp_path}/trace.csv: 2 problems",
+        "  row 5: the data have no client 'nobody'",
+        "  round 3 has no row, but round 4 has",
+    ]
+
+
+def test_rounds_that_can_never_be_are_refused(tmp_path: Path, clients_jsonl: Path) -> None:
+    out = [f"runtime.output_dir={tmp_path}", "data.split_column=split"]
+    ids = list(preflight(load(tmp_path, *out)))
+    rows = trace(tmp_path, f"1,{ids[0]}\n1,{ids[1]}\n2,{ids[2]}\n")
+
+    with pytest.raises(RecipeError, match=r"min_clients: round 1 would have 3 of the 3 that "):
+        preflight(load(tmp_path, *out, "federation.min_clients=4"))
+    with pytest.raises(RecipeError, match=r"min_clients: round 2 would have 1 of the 1 that can "):
+        preflight(load(tmp_path, *out, rows, "federation.min_clients=2"))
+    with pytest.raises(RecipeError, match=r"clients_per_round: must be at most the number of cli"):
+        preflight(load(tmp_path, *out, "federation.clients_per_round=4"))
+
+
+def test_faults_of_trace_size_and_files_are_told_together(
+    tmp_path: Path, clients_jsonl: Path
+) -> None:
+    """A broken trace does not hide that even with everybody there a round were too small."""
+    overrides = [
+        f"runtime.output_dir={tmp_path}",
+        "data.split_column=split",
+        trace(tmp_path, "1,nobody\n"),
+        "federation.min_clients=4",
+        "backbone.model_name_or_path=./x",
+    ]
+    with pytest.raises(PflError) as caught:
+        check_recipe(write(tmp_path), [*overrides, "adapter.rank=3"])
+    told = str(caught.value)
+    assert "adapter.rank=3: unknown key" in told
+    assert "the data have no client 'nobody'" in told
+    assert "federation.min_clients: round 1 would have 3 of the 3 that there are" in told
+    assert "backbone.model_name_or_path: " in told
+
+
+def test_a_trace_is_checked_by_itself_where_the_data_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(PflError) as caught:
+        preflight(load(tmp_path, f"runtime.output_dir={tmp_path}", trace(tmp_path, "2,nobody\n")))
+    told = str(caught.value)
+    assert "data.path: there is no file" in told
+    assert "round 1 has no row, but round 2 has" in told
+    assert "the data have no client" not in told
+
+
 def test_a_broken_section_is_not_looked_up(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_recipe(write(tmp_path), ["data.pth=x", f"runtime.output_dir={tmp_path}"])
