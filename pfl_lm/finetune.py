@@ -87,6 +87,7 @@ def finetune(
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
+    _note_idle_rule(dataset, recipe, watch)
 
     names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
     store = Store(loaded.run_folder, names, accelerator.device)
@@ -236,3 +237,9 @@ def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> N
             f"{cut} of {rows} train and validation rows are cut at data.max_length "
             f"{recipe.data.max_length}, {dropped} more are dropped: nothing of the answer was left"
         )
+
+
+def _note_idle_rule(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:
+    in_round = cohort(dataset.client_ids, recipe.federation.fraction_train, seed=0, round=1)
+    if told := recipe.aggregation.bears_none(len(in_round)):
+        watch.note(told)

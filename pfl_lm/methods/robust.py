@@ -77,11 +77,7 @@ def trimmed_mean(weighted: WeightedVectors, cut: int, chunk_bytes: int = CHUNK_B
     width = max(1, chunk_bytes // (4 * n))
     for begin in range(0, len(result), width):
         columns = slice(begin, min(begin + width, len(result)))
-        kept = _sorted(weighted, columns)[cut : n - cut]
-        total = np.zeros(kept.shape[1])
-        for row in kept:
-            total += row
-        result[columns] = torch.from_numpy(total / len(kept)).to(torch.float32)
+        result[columns] = torch.from_numpy(_middle(weighted, columns, cut)).to(torch.float32)
     return result
 
 
@@ -92,10 +88,14 @@ def _zeros_after_a_check(weighted: WeightedVectors) -> Vector:
     return torch.zeros_like(like, dtype=torch.float32)
 
 
-def _sorted(weighted: WeightedVectors, columns: slice) -> NDArray[np.float32]:
-    """Return ``(n, width)``: some coordinates of all vectors, each sorted from the smallest."""
-    table = np.empty((len(weighted), columns.stop - columns.start), dtype=np.float32)
+def _middle(weighted: WeightedVectors, columns: slice, cut: int) -> NDArray[np.float64]:
+    """Return ``(width,)``: some coordinates' means, each without its ``cut`` least and greatest."""
+    n = len(weighted)
+    table = np.empty((n, columns.stop - columns.start), dtype=np.float32)
     for row, (vector, _) in zip(table, weighted, strict=True):
         row[:] = vector[columns].cpu().numpy()
     table.sort(axis=0)
-    return table
+    total = np.zeros(table.shape[1])
+    for row in table[cut : n - cut]:
+        total += row
+    return total / (n - 2 * cut)

@@ -63,3 +63,12 @@ class AggregationOptions(Options):
         The fraction counts as it is written: 0.29 of 100 are 29, although 0.29 * 100 is less.
         """
         return 0 if self.trim_fraction is None else floor(Fraction(repr(self.trim_fraction)) * n)
+
+    def bears_none(self, n: int) -> str | None:
+        """Return what to tell people if, of ``n`` uploads, the rule leaves out none at all."""
+        told = f"aggregation.rule: with {n} upload{'' if n == 1 else 's'} a round, {self.rule} "
+        if self.rule == "median" and n < 3:
+            return f"{told}is their unweighted mean; it needs 3 to bear a bad one"
+        if self.rule == "trimmed_mean" and self.n_trimmed(n) == 0:
+            return f"{told}cuts floor({self.trim_fraction} * {n}) = 0: it is their unweighted mean"
+        return None

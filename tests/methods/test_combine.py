@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pfl_lm.errors import AggregationError
+from pfl_lm.federation.watch import Watch
 from pfl_lm.finetune import finetune
 from pfl_lm.layout import AdapterLayout
 from pfl_lm.methods import METHODS, Setup, Upload
@@ -222,3 +223,21 @@ def test_a_run_follows_its_rule_to_the_end(
     shown = f"\naggregation:\n  rule: {how['rule']}\n"
     assert shown in (two / "recipe.resolved.yaml").read_text()
     assert shown in (two / "adapters" / "alice" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("fraction", "told"), [(0.5, True), (1.0, False)])
+def test_a_rule_that_leaves_nobody_out_is_told(tmp_path: Path, fraction: float, told: bool) -> None:
+    """Of three clients a half are two."""
+
+    notes: list[str] = []
+
+    class Noted(Watch):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    changes = {"federation.rounds": 1, "federation.fraction_train": fraction}
+    recipe = tiny_recipe(tmp_path, **changes, **{"aggregation.rule": "median"})
+    finetune(load_recipe(recipe), Noted())
+    said = AggregationOptions(rule="median").bears_none(2)
+    assert said is not None
+    assert (said in notes) == told

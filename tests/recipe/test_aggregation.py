@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,3 +153,34 @@ def test_a_fraction_counts_as_it_is_written(fraction: float, n: int, cut: int) -
 def test_something_is_always_left() -> None:
     options = AggregationOptions(rule="trimmed_mean", trim_fraction=0.49999999999999994)
     assert all(2 * options.n_trimmed(n) < n for n in range(1, 500))
+
+
+@pytest.mark.parametrize(
+    ("how", "n", "said"),
+    [
+        ({"rule": "mean"}, 1, None),
+        ({"rule": "clipped_mean", "clip_norm": 1.0}, 1, None),
+        (
+            {"rule": "median"},
+            1,
+            "aggregation.rule: with 1 upload a round, median is their unweighted mean; it needs 3 "
+            "to bear a bad one",
+        ),
+        (
+            {"rule": "median"},
+            2,
+            "aggregation.rule: with 2 uploads a round, median is their unweighted mean; it needs 3 "
+            "to bear a bad one",
+        ),
+        ({"rule": "median"}, 3, None),
+        (
+            {"rule": "trimmed_mean"},
+            9,
+            "aggregation.rule: with 9 uploads a round, trimmed_mean cuts floor(0.1 * 9) = 0: it is "
+            "their unweighted mean",
+        ),
+        ({"rule": "trimmed_mean"}, 10, None),
+    ],
+)
+def test_a_rule_that_bears_nothing_is_told(how: dict[str, Any], n: int, said: str | None) -> None:
+    assert AggregationOptions(**how).bears_none(n) == said
