@@ -75,10 +75,15 @@ def finetune(
         watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    with rank_0_first(accelerator):  # one rank converts what has to be converted
+
+    def prepare() -> tuple[Backbone, Adapter, FederatedDataset]:
         backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
-    adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
-    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
+        adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
+        tokenizer, length = backbone.tokenizer, recipe.data.max_length
+        return backbone, adapter, FederatedDataset.build(rows_by_client, tokenizer, length)
+
+    # one rank converts what has to be converted
+    backbone, adapter, dataset = rank_0_first(accelerator, prepare)
     _note_cut_rows(dataset, recipe, watch)
 
     names = slugs(dataset.client_ids)
