@@ -82,10 +82,15 @@ def finetune(
         watch.note(advice)
 
     watch.note(f"loading the backbone onto {accelerator.device}")
-    with rank_0_first(accelerator):  # one rank converts what has to be converted
+
+    def prepare() -> tuple[Backbone, Adapter, FederatedDataset]:
         backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
-    adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
+        adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
+        tokenizer, length = backbone.tokenizer, recipe.data.max_length
+        return backbone, adapter, FederatedDataset.build(clients, tokenizer, length)
+
+    # one rank converts what has to be converted
+    backbone, adapter, dataset = rank_0_first(accelerator, prepare)
     _note_cut_rows(dataset, recipe, watch)
     _note_idle_rule(dataset, recipe, watch)
 
@@ -240,6 +245,6 @@ def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> N
 
 
 def _note_idle_rule(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:
-    in_round = cohort(dataset.client_ids, recipe.federation.fraction_train, seed=0, round=1)
-    if told := recipe.aggregation.bears_none(len(in_round)):
+    in_round = recipe.federation.cohort_size(len(dataset))
+    if told := recipe.aggregation.bears_none(in_round):
         watch.note(told)

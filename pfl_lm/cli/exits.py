@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from unicodedata import category
 import typer
 
 from pfl_lm.cli.interrupts import Interrupted
-from pfl_lm.errors import DismissedError, PflError
+from pfl_lm.errors import DismissedError, LostRankError, PflError
 
 OURS = 1
 INPUT = 2
@@ -35,6 +36,8 @@ def plain(text: str) -> str:
 def exits(*, debug: bool) -> Iterator[None]:
     """Turn what a verb raises into a message on stderr and an exit code.
 
+    Of several ranks on a machine, one says what is wrong with the user's input: all see the same.
+
     Args:
         debug: show the traceback as well.
 
@@ -50,7 +53,8 @@ def exits(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(INPUT) from None
     except PflError as error:
         _trace(debug)
-        typer.echo(plain(str(error)), err=True)
+        if _speaks() or isinstance(error, LostRankError):
+            typer.echo(plain(str(error)), err=True)
         raise typer.Exit(INPUT) from None
     except (KeyboardInterrupt, Interrupted):
         _trace(debug)
@@ -62,6 +66,12 @@ def exits(*, debug: bool) -> Iterator[None]:
         again = "" if debug else "; run again with --debug for the traceback"
         typer.echo(plain(f"this is a bug in pfl-lm ({what}){again}"), err=True)
         raise typer.Exit(OURS) from None
+
+
+def _speaks() -> bool:
+    """Return whether this is the only rank of its machine, or the first."""
+    environment = os.environ
+    return environment.get("LOCAL_RANK", environment.get("RANK", "0")) == "0"
 
 
 def _trace(debug: bool) -> None:

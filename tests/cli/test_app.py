@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import pfl_lm
 from pfl_lm.cli.app import app
 from pfl_lm.cli.exits import exits, plain
-from pfl_lm.errors import PflError
+from pfl_lm.errors import DismissedError, LostRankError, PflError
 from tests.recipe.minimal import write
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +164,36 @@ def test_debug_always_shows_a_traceback(
     told = capsys.readouterr().err
     assert told.startswith("Traceback (most recent call last)")
     assert "again with --debug" not in told
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "said"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, PflError("x"), "x\n"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, PflError("x"), ""),
+        ({"RANK": "1"}, PflError("x"), ""),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, PflError("x"), "x\n"),  # another machine, other files
+        ({"RANK": "1", "LOCAL_RANK": "1"}, LostRankError("x"), "x\n"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, DismissedError("x"), ""),
+    ],
+)
+def test_one_rank_of_a_machine_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: dict[str, str],
+    error: PflError,
+    said: str,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, number in ranks.items():
+        monkeypatch.setenv(name, number)
+
+    with pytest.raises(typer.Exit) as caught, exits(debug=False):
+        raise error
+
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr() == ("", said)
 
 
 def test_text_of_others_cannot_act_on_the_terminal() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -59,8 +58,11 @@ def recipe_in(folder: Path, **changes: Any) -> Path:
 
 def cohorts_of(folder: Path) -> list[list[str]]:
     with closing(sqlite3.connect(folder / "federation.sqlite")) as ledger:
-        rows = ledger.execute("SELECT cohort FROM rounds WHERE round > 0 ORDER BY round")
-        return [json.loads(cohort) for (cohort,) in rows]
+        rows = ledger.execute("SELECT round, client FROM cohorts ORDER BY round, client")
+        drawn: dict[int, list[str]] = {}
+        for round, client in rows:
+            drawn.setdefault(round, []).append(client)
+        return [drawn[round] for round in sorted(drawn)]
 
 
 @pytest.mark.parametrize("method", ["pflalign", "fedavg"])

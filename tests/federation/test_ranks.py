@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pfl_lm.errors import PflError
+from pfl_lm.errors import DataError, DismissedError, LostRankError, PflError
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.fleet import start
 from pfl_lm.federation.fleet.start import connected, join_ranks, lone_launch, rank_0_first
@@ -137,6 +137,22 @@ def test_a_clients_failure_on_rank_1_ends_both(ranks: list[Ended], place: Path) 
     assert {line.split(",")[0] for line in metrics.splitlines()[1:]} == {"0"}
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.max_steps=0", "training.max_steps=0: "),
+        ("data.max_length=8", "client 'alice': 0 of 5 train rows keep a supervised token"),
+    ],
+)
+def test_what_both_find_wrong_is_said_once(place: Path, override: str, said: str) -> None:
+    """The first is found before they are connected, the second when each has a backbone."""
+    command = ("-m", "pfl_lm", "finetune", str(recipe(place, override)), override)
+    (code, _, err), (other_code, _, other_err) = map(end_of, by_hand(*command))
+    assert (code, other_code) == (2, 2)
+    assert err.count(said) == 1
+    assert other_err == ""
+
+
 @pytest.mark.slow
 def test_torchrun_starts_them(place: Path) -> None:
     command = ("-m", "pfl_lm", "finetune", str(recipe(place, "torchrun")))
@@ -145,7 +161,11 @@ def test_torchrun_starts_them(place: Path) -> None:
     assert out.count("round 2/2") == 1
     finetune(load_recipe(recipe(place, "without")))
     launched, alone = (results_in(place / n / "runs" / "tiny") for n in ("torchrun", "without"))
-    assert launched == alone
+    told = {
+        name: text.replace(b"parallel: clients", b"parallel: auto")
+        for name, text in launched.items()
+    }
+    assert told == alone  # the cards show the recipe
 
 
 @pytest.mark.slow
@@ -170,9 +190,6 @@ class Alone:
 
     def __init__(self, **how: Any) -> None:
         Alone.made_with = how
-
-    def wait_for_everyone(self) -> None:
-        raise RuntimeError("Connection closed by peer")
 
 
 @pytest.fixture
@@ -217,9 +234,35 @@ def test_a_lone_launch_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_without_its_rank_0_says_what_is_the_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def gone(faults: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
     monkeypatch.setattr(Alone, "is_main_process", False)
+    monkeypatch.setattr(start, "gather_object", gone)
     accelerator: Any = Alone()
-    with pytest.raises(PflError, match="another rank has ended"), rank_0_first(accelerator):
-        pytest.fail("rank 0 did not come through")
+    with pytest.raises(LostRankError, match="another rank has ended"):
+        rank_0_first(accelerator, lambda: pytest.fail("rank 0 did not come through"))
     with pytest.raises(ValueError, match="ours"), connected():
         raise ValueError("ours")
+
+
+@pytest.mark.parametrize(
+    ("main", "raised", "said"),
+    [(True, DataError, "no such file on rank 1"), (False, DismissedError, "rank 0 says why")],
+)
+def test_what_another_rank_could_not_prepare_is_said_by_rank_0(
+    monkeypatch: pytest.MonkeyPatch, main: bool, raised: type[PflError], said: str
+) -> None:
+    gathered = [[None, None], [None, DataError("no such file on rank 1")]]
+    monkeypatch.setattr(Alone, "is_main_process", main)
+    monkeypatch.setattr(start, "gather_object", lambda faults: gathered.pop(0))
+    accelerator: Any = Alone()
+    with pytest.raises(raised, match=said):
+        rank_0_first(accelerator, lambda: "prepared")
+
+
+def test_a_bug_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator: Any = Alone()
+    with pytest.raises(ZeroDivisionError):
+        rank_0_first(accelerator, lambda: 1 // 0)
+    assert rank_0_first(accelerator, lambda: "prepared") == "prepared"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from pfl_lm.errors import LostRankError, PflError
+from pfl_lm.errors import DismissedError, LostRankError, PflError
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import RuntimeOptions
+
+Made = TypeVar("Made")
 
 _TWO_RANKS = (
     "torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
@@ -41,20 +43,30 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
     return accelerator
 
 
-@contextmanager
-def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
-    """Let rank 0 through the body before the others, which then find what it has made.
+def rank_0_first(accelerator: Accelerator, prepare: Callable[[], Made]) -> Made:
+    """Prepare on rank 0, then on the others, which find the files that it has made.
+
+    If it fails on any rank, all end: rank 0 says why, and says it once if many have found the same.
 
     Raises:
-        LostRankError: on another rank, if rank 0 did not come through.
+        PflError: on rank 0, what ``prepare`` raised, here or elsewhere.
+        DismissedError: on another rank, for it is rank 0 that says why.
+        LostRankError: another rank is gone.
     """
-    if accelerator.is_main_process:
-        yield
-        accelerator.wait_for_everyone()
-    else:
+    main = accelerator.is_main_process
+    made: list[Made] = []
+    fault: PflError | None = None
+    for turn_of_main in (True, False):
+        if main == turn_of_main:
+            try:
+                made = [prepare()]
+            except PflError as error:
+                fault = error
         with connected():
-            accelerator.wait_for_everyone()
-        yield
+            faults = [found for found in gather_object([fault]) if found is not None]
+        if faults:
+            raise (fault or faults[0]) if main else DismissedError("rank 0 says why")
+    return made[0]
 
 
 @contextmanager
