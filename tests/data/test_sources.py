@@ -110,7 +110,7 @@ def test_half_a_format_is_completed(tmp_path):
 def test_twenty_problems_are_listed_and_the_rest_counted(tmp_path):
     options = write(tmp_path, GOOD, *["[]"] * 23)
     lines = refusal(options).message.splitlines()
-    assert lines[0] == f"{options.path}: 20 problems"
+    assert lines[0] == f"{options.path}: 23 problems"
     assert lines[1] == "  line 2: expected an object {...}, got an array"
     assert lines[20] == "  line 21: expected an object {...}, got an array"
     assert lines[21:] == ["  ... and 3 more"]
