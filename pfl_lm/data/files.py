@@ -17,6 +17,7 @@ from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Unit
 from pfl_lm.data.tables import read_csv, read_parquet
 from pfl_lm.errors import DataError
+from pfl_lm.files import open_ordinary
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,9 @@ def find_files(name: str) -> list[DataFile]:
             that is wrong with it.
     """
     path = Path(name)
-    if not path.is_dir():
-        return [DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))]
     try:
+        if not path.is_dir():
+            return [DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))]
         entries = sorted(path.iterdir())
     except OSError as error:
         raise _unreadable(name, error) from None
@@ -149,7 +150,7 @@ def _check_together(files: list[DataFile], problems: Problems) -> None:
 
 def _open(name: str) -> BinaryIO:
     try:
-        return Path(name).open("rb")
+        return open_ordinary(Path(name))
     except FileNotFoundError:
         message = f"data.path: there is no file {name!r}."
         raise DataError(
