@@ -66,7 +66,17 @@ class LostRankError(PflError):
     """Another rank of this job is gone."""
 
 
-def listed(where: str, problems: Sequence[str]) -> str:
-    """Lay out several problems under one heading, one a line."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"{where}: {count}", *(f"  {problem}" for problem in problems)])
+SHOWN = 20
+"""How many problems a message lists; of the rest it gives the number."""
+
+
+def listed(where: str, problems: Sequence[str], n: int | None = None) -> str:
+    """Lay out several problems under one heading, one a line, and only so many of them.
+
+    ``n`` is how many there are, if ``problems`` are only the first of them.
+    """
+    n = len(problems) if n is None else n
+    shown = [f"  {problem}" for problem in problems[:SHOWN]]
+    if n > len(shown):
+        shown.append(f"  ... and {n - len(shown)} more")
+    return "\n".join([f"{where}: {n} problem{'s' * (n != 1)}", *shown])

@@ -1,13 +1,15 @@
-"""Writing files so that a reader finds the old one or the new one, never half of either."""
+"""Files: written so that a reader finds the old or the new one whole; opened only if ordinary."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pfl_lm.errors import RunFolderError
 
@@ -33,6 +35,26 @@ def write_atomically(path: Path, content: bytes) -> str:
             unfinished.unlink(missing_ok=True)
         _sync_folder(path.parent)
     return hashlib.sha256(content).hexdigest()
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """Open an ordinary file to read its bytes.
+
+    Anything else is refused without waiting: a pipe may have nobody at its other end, and a device
+    no end at all.
+
+    Raises:
+        OSError: it cannot be opened, or is no ordinary file.
+    """
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "not an ordinary file")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Unit
 from pfl_lm.data.tables import read_csv, read_parquet
 from pfl_lm.errors import DataError
+from pfl_lm.files import open_ordinary
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,9 @@ def find_files(name: str) -> list[DataFile]:
             that is wrong with it.
     """
     path = Path(name)
-    if not path.is_dir():
-        return [DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))]
     try:
+        if not path.is_dir():
+            return [DataFile(path, KINDS.get(path.suffix.lower(), JSON_LINES))]
         entries = sorted(path.iterdir())
     except OSError as error:
         raise _unreadable(name, error, DATA) from None
@@ -157,7 +158,7 @@ def open_file(name: str, key: str = DATA) -> BinaryIO:
         DataError: it is not there or cannot be read.
     """
     try:
-        return Path(name).open("rb")
+        return open_ordinary(Path(name))
     except FileNotFoundError:
         message = f"{key}: there is no file {name!r}."
         raise DataError(

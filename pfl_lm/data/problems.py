@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pfl_lm.errors import DataError, listed
-
-SHOWN = 20
-"""How many problems a message lists; of the rest it gives the number."""
+from pfl_lm.errors import SHOWN, DataError, listed
 
 
 class Problems:
@@ -32,7 +29,4 @@ class Problems:
         """
         if not self:
             return
-        message = listed(where, self._shown)
-        if self._count > SHOWN:
-            message += f"\n  ... and {self._count - SHOWN} more"
-        raise DataError(message, hint=hint)
+        raise DataError(listed(where, self._shown, self._count), hint=hint)

@@ -6,6 +6,7 @@ that are not slugs and files that are too large are refused. No torch here.
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -114,11 +115,15 @@ def read_index(run_folder: Path) -> AdapterIndex:
         RunFolderError: it is a link, too large or unreadable.
     """
     where = run_folder / NAME
-    if not run_folder.is_dir():
+    try:
+        there = run_folder.is_dir()
+    except OSError as error:
+        raise ExportError(f"{run_folder}: cannot be looked at ({error.strerror})") from None
+    if not there:
         raise ExportError(
             f"{run_folder}: there is no such folder", hint="name a run: <runtime.output_dir>/<name>"
         )
-    if not where.exists() and not where.is_symlink():
+    if not os.path.lexists(where):
         raise ExportError(
             f"{run_folder}: no {NAME} in it, so it is not the folder of a finished run",
             hint="name a run: <runtime.output_dir>/<name>; a run that was stopped has no adapters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -26,8 +27,9 @@ def gguf_path(package: str, gguf_file: str) -> Path:
         raise ModelError(f"backbone.gguf_file: {gguf_file!r} is not a file name inside a package")
     folders = _folders(package)
     for folder in folders:
-        if (path := folder / inside).is_file():
-            return path
+        with suppress(OSError):  # too long for a name
+            if (path := folder / inside).is_file():
+                return path
     there = sorted(path.name for folder in folders for path in folder.glob("*.gguf"))
     raise ModelError(
         f"backbone.gguf_file: the package {package!r} has no file {gguf_file!r}",

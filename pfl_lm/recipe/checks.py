@@ -17,11 +17,16 @@ def refuse_no_model(folder: Path) -> None:
     """
     key = "backbone.model_name_or_path"
     hint = "name a folder with config.json and model.safetensors, or a Hub id such as ORG/NAME"
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "there is no such folder"
-        raise ModelError(f"{key}: {folder}: {what}", hint=hint)
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    missing += [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "there is no such folder"
+            raise ModelError(f"{key}: {folder}: {what}", hint=hint)
+        missing = [] if (folder / "config.json").is_file() else ["config.json"]
+        weights = (path for path in folder.glob("*.safetensors") if path.is_file())
+        missing += [] if any(weights) else ["*.safetensors"]
+    except OSError as error:
+        reason = f"cannot be looked at ({error.strerror})"
+        raise ModelError(f"{key}: {folder}: {reason}", hint=hint) from None
     if missing:
         raise ModelError(f"{key}: {folder}: has no {' and no '.join(missing)}", hint=hint)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfl_lm.errors import RecipeError
+from pfl_lm.files import open_ordinary
 from pfl_lm.recipe.overrides import Override, apply_overrides, parse_overrides
 from pfl_lm.recipe.scalars import Value
 from pfl_lm.recipe.yaml12 import MAX_BYTES, Location, read_yaml
@@ -64,7 +65,7 @@ def draft_of(raw: bytes, path: Path, overrides: Sequence[str] = ()) -> Draft:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_ordinary(path) as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         hint = "check the spelling; a relative path starts at the current folder"

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from pfl_lm.recipe.draft import Draft
 from pfl_lm.recipe.methods import METHOD_OPTIONS
 from pfl_lm.recipe.options import BROKEN_RULE
-from pfl_lm.recipe.scalars import show
+from pfl_lm.recipe.scalars import brief, show
 from pfl_lm.recipe.suggest import nearest, owners, section_class, suggest_key
 from pfl_lm.recipe.yaml12 import Location
 
@@ -78,14 +78,15 @@ def _placed(place: _Place, said: str, draft: Draft) -> tuple[str, tuple[int, int
     name = _dotted(place.at)
     if override := draft.override_of(place.at):
         inner = "" if override.at == place.at else f"{name}: "
-        return f"override {override.text}: {inner}{said}", (2, draft.overrides.index(override))
+        return f"{override.said}: {inner}{said}", (2, draft.overrides.index(override))
     if line := draft.line_of(place.at):
         return f"line {line}  {name}: {said}", (0, line)
     return f"{name}: {said}", (1, 0)
 
 
 def _dotted(at: Location) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).lstrip(".")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{brief(part)}" for part in at)
+    return "".join(parts).lstrip(".")
 
 
 def _said(details: ErrorDetails, place: _Place) -> str:
@@ -119,7 +120,7 @@ def _unknown_key(place: _Place) -> str:
         return f"`{place.key}` is an option of {' and '.join(has)}, not of {place.method}"
     if "." in place.key:
         *_, name = place.key.split(".")
-        return f"unknown key. Nest it: `{name}:` on a line of its own under its section"
+        return f"unknown key. Nest it: `{brief(name)}:` on a line of its own under its section"
     if meant := suggest_key(place.section, place.key, place.method):
         return f"unknown key. Did you mean `{meant}`?"
     options = section_class(place.section, place.method)

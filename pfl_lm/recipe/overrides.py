@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pfl_lm.errors import RecipeError, listed
-from pfl_lm.recipe.scalars import Value, show
+from pfl_lm.recipe.scalars import Value, brief, show
 from pfl_lm.recipe.yaml12 import Location, parse_scalar_or_flow
+
+_LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class Override:
     at: Location
     value: Value
     text: str
+
+    @property
+    def said(self) -> str:
+        """The override as messages name it."""
+        return _said(self.text)
 
 
 def parse_overrides(texts: Sequence[str], where: str) -> tuple[Override, ...]:
@@ -35,10 +42,11 @@ def parse_overrides(texts: Sequence[str], where: str) -> tuple[Override, ...]:
     for text in texts:
         parsed = _parse(text)
         if isinstance(parsed, str):
-            problems.append(f"override {text}: {parsed}")
+            problems.append(f"{_said(text)}: {parsed}")
             continue
         if other := next((each for each in overrides if _overlap(each.at, parsed.at)), None):
-            problems.append(f"override {text}: `{other.text}` sets the same key already")
+            same = brief(other.text, _LONGEST)
+            problems.append(f"{_said(text)}: `{same}` sets the same key already")
         overrides.append(parsed)
     if problems:
         raise RecipeError(
@@ -68,11 +76,15 @@ def _parse(text: str) -> Override | str:
         return "expected key=value"
     parts = key.split(".")
     if any(not part or part != part.strip() for part in parts):
-        return f"the key {key!r} is not of the form section.key"
+        return f"the key {show(key)} is not of the form section.key"
     try:
         return Override(tuple(parts), parse_scalar_or_flow(value), text)
     except ValueError as error:
         return f"{error}"
+
+
+def _said(text: str) -> str:
+    return f"override {brief(text, _LONGEST)}"
 
 
 def _overlap(one: Location, other: Location) -> bool:
@@ -88,10 +100,8 @@ def _set(data: dict[str, Value], override: Override) -> str | None:
         if beneath is None:
             beneath = data[part] = {}
         if not isinstance(beneath, dict):
-            name = ".".join(above[:depth])
-            return (
-                f"override {override.text}: nothing can be set beneath `{name}` ({show(beneath)})"
-            )
+            name = brief(".".join(above[:depth]))
+            return f"{override.said}: nothing can be set beneath `{name}` ({show(beneath)})"
         data = beneath
     data[last] = override.value
     return None

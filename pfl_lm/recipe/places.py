@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pfl_lm.errors import RecipeError
 from pfl_lm.recipe.draft import Draft
+from pfl_lm.recipe.scalars import brief
 from pfl_lm.recipe.sections import (
     BackboneOptions,
     DataOptions,
@@ -13,6 +14,9 @@ from pfl_lm.recipe.sections import (
     RuntimeOptions,
 )
 from pfl_lm.recipe.yaml12 import Location
+
+_LONGEST = 4096
+_LONGEST_SHOWN = 200
 
 
 def place_data(data: DataOptions, draft: Draft) -> DataOptions:
@@ -38,7 +42,7 @@ def place_backbone(backbone: BackboneOptions, draft: Draft) -> BackboneOptions:
     if text is None:
         return backbone
     path = _absolute(text, ("backbone", "model_name_or_path"), draft)
-    if not (text.startswith((".", "~")) or Path(text).is_absolute() or path.is_dir()):
+    if not (text.startswith((".", "~")) or Path(text).is_absolute() or _is_folder(path)):
         return backbone
     return backbone.model_copy(update={"model_name_or_path": str(path)})
 
@@ -51,13 +55,33 @@ def place_runtime(runtime: RuntimeOptions, draft: Draft) -> RuntimeOptions:
 
 def _absolute(text: str, at: Location, draft: Draft) -> Path:
     in_file = at in draft.lines and draft.override_of(at) is None
-    base = draft.path.absolute().parent if in_file else Path.cwd()
     try:
+        base = draft.path.absolute().parent if in_file else Path.cwd()
         path = base / Path(text).expanduser()
-        if ".." not in path.parts:
-            return path
-        # A link is kept by its own name: what it is called may say what format it has.
-        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+        if ".." in path.parts:
+            # A link is kept by its own name: what it is called may say what format it has.
+            path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+        fault = _fault(path)
     except (OSError, RuntimeError) as error:
+        fault = str(error)
+    if fault is not None:
         key = ".".join(str(part) for part in at)
-        raise RecipeError(f"{draft.path}: {key}: no such path {text!r} ({error})") from None
+        said = brief(repr(text), _LONGEST_SHOWN)
+        raise RecipeError(f"{draft.path}: {key}: no such path {said} ({fault})")
+    return path
+
+
+def _fault(path: Path) -> str | None:
+    """Say why a path cannot stand in the resolved recipe, or name nothing anywhere."""
+    try:
+        n_bytes = len(str(path).encode())
+    except UnicodeEncodeError:
+        return "its folder has a name that is not UTF-8"
+    return None if n_bytes < _LONGEST else f"{n_bytes} bytes, and a path has less than {_LONGEST}"
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a part of it is too long for a name, or may not be looked into
+        return False

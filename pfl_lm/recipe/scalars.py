@@ -52,5 +52,9 @@ def show(value: object) -> str:
         return "a mapping"
     if isinstance(value, list):
         return "a list"
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return brief(repr(value))
+
+
+def brief(text: str, longest: int = _SHOWN) -> str:
+    """Return text of others for a message: its end left out where it is long."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

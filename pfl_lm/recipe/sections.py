@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.scalars import brief, show
 
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
 
@@ -26,7 +27,7 @@ def _fits(pattern: str, said: str) -> AfterValidator:
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text, re.ASCII):
-            raise broken(f"must be {said}, got {text!r}")
+            raise broken(f"must be {said}, got {show(text)}")
         return text
 
     return AfterValidator(check)
@@ -54,13 +55,15 @@ def _unique(items: list[int] | None) -> list[int] | None:
 def _module_names(names: list[str]) -> list[str]:
     if not names:
         raise broken("must name at least one module, for example `[q_proj, v_proj]`")
+    before: set[str] = set()
     for i, name in enumerate(names):
-        if name in names[:i]:
-            raise broken(f"`{name}` is there twice", i)
+        if name in before:
+            raise broken(f"`{brief(name)}` is there twice", i)
+        before.add(name)
         if name.rpartition(".")[2] in _NOT_ADAPTED:
             raise broken(
-                f"`{name}` cannot be adapted: it would make every client's adapter as large as the "
-                "vocabulary, and serving engines do not take it",
+                f"`{brief(name)}` cannot be adapted: it would make every client's adapter as large "
+                "as the vocabulary, and serving engines do not take it",
                 i,
             )
     return names
@@ -70,7 +73,7 @@ def _file_within(text: str) -> str:
     windows = PureWindowsPath(text)
     parts = PurePosixPath(text).parts
     if "\\" in text or windows.drive or text.startswith(("/", "~")) or ".." in parts or not parts:
-        raise broken(f"must be the name of a file inside the package, got {text!r}")
+        raise broken(f"must be the name of a file inside the package, got {show(text)}")
     return text
 
 

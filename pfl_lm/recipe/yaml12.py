@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import yaml
 
-from pfl_lm.errors import RecipeError, listed
-from pfl_lm.recipe.scalars import Scalar, Value, resolve_plain, show
+from pfl_lm.errors import SHOWN, RecipeError, listed
+from pfl_lm.recipe.scalars import Scalar, Value, brief, resolve_plain, show
 
 Location = tuple[str | int, ...]
 """The keys and positions that lead to a value: ``("adapter", "target_modules", 0)``."""
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
 MAX_DEPTH = 32
 
 # YAML 1.1 takes some of these for line ends, so that lines would not be those of an editor.
@@ -90,7 +90,8 @@ def parse_scalar_or_flow(text: str) -> Value:
     except _StopReading:
         pass
     if reading.problems:
-        raise ValueError("; ".join(said.partition("  ")[2] for _, said in reading.problems))
+        told = [said.partition("  ")[2] for _, said in reading.problems[:SHOWN]]
+        raise ValueError("; ".join(told))
     return value
 
 
@@ -116,8 +117,10 @@ class _Reading:
         return text
 
     def check_characters(self, text: str) -> None:
+        line, counted = 1, 0
         for found in _FORBIDDEN.finditer(text):
-            line = text.count("\n", 0, found.start()) + 1
+            line += text.count("\n", counted, found.start())
+            counted = found.start()
             code = f"U+{ord(found[0]):04X}"
             self._note(
                 line, f"the character {code} is not allowed; write it as an escape in quotes"
@@ -161,13 +164,14 @@ class _Reading:
 
     def _value(self, event: yaml.Event, at: Location, depth: int) -> Value:
         if isinstance(event, yaml.AliasEvent):
-            self._note(_line(event), f"alias `*{event.anchor}`: write the value out")
+            self._note(_line(event), f"alias `*{brief(str(event.anchor))}`: write the value out")
             return None
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.anchor is not None:
-            self._note(_line(event), f"anchor `&{event.anchor}`: not allowed, write values out")
+            anchor = brief(event.anchor)
+            self._note(_line(event), f"anchor `&{anchor}`: not allowed, write values out")
         if event.tag is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            tag = brief(event.tag.replace("tag:yaml.org,2002:", "!!"))
             self._note(_line(event), f"tag `{tag}`: not allowed, a value's type is plain to see")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event)
@@ -207,7 +211,7 @@ class _Reading:
                 key = f"{line}"
             elif key in mapping:
                 first = self.lines[(*at, key)]
-                self._note(line, f"duplicate key `{key}`, first on line {first}")
+                self._note(line, f"duplicate key `{brief(key)}`, first on line {first}")
             here = (*at, key)
             self.lines.setdefault(here, line)
             mapping[key] = self._value(self._next(), here, depth + 1)

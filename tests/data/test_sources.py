@@ -1,7 +1,7 @@
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -110,7 +110,7 @@ def test_half_a_format_is_completed(tmp_path):
 def test_twenty_problems_are_listed_and_the_rest_counted(tmp_path):
     options = write(tmp_path, GOOD, *["[]"] * 23)
     lines = refusal(options).message.splitlines()
-    assert lines[0] == f"{options.path}: 20 problems"
+    assert lines[0] == f"{options.path}: 23 problems"
     assert lines[1] == "  line 2: expected an object {...}, got an array"
     assert lines[20] == "  line 21: expected an object {...}, got an array"
     assert lines[21:] == ["  ... and 3 more"]
@@ -151,11 +151,27 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("pfl_lm.data.files.open_ordinary", refuse)
     path = str(tmp_path / "rows.jsonl")
     assert str(refusal(Options(path))) == (
         f"data.path: {path!r} cannot be read (Permission denied).\n"
         "  hint: check that it is a file and that you may read it"
+    )
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
+        assert str(refusal(Options(path))) == (
+            f"data.path: {path!r} cannot be read (not an ordinary file).\n"
+            "  hint: check that it is a file and that you may read it"
+        )
+
+
+def test_a_path_that_is_too_long_for_one(tmp_path):
+    path = str(tmp_path / ("x" * 300))
+    assert refusal(Options(path)).message == (
+        f"data.path: {path!r} cannot be read (File name too long)."
     )
 
 

@@ -106,6 +106,8 @@ def test_a_client_of_any_name_reads_back() -> None:
 def test_folders_that_are_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="there is no such folder"):
         read_index(tmp_path / "nope")
+    with pytest.raises(ExportError, match=r"cannot be looked at \(File name too long\)"):
+        read_index(tmp_path / ("x" * 300))
     with pytest.raises(ExportError, match=r"no adapters\.json in it") as caught:
         read_index(tmp_path)
     assert caught.value.hint is not None

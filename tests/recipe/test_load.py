@@ -310,6 +310,43 @@ def test_an_unreadable_recipe(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: cannot be read \(not an ordinary file\)"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("key", ["data.path", "backbone.model_name_or_path", "runtime.output_dir"])
+def test_a_path_that_is_too_long(key: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"{key}=/{'x/' * 3000}")
+
+    assert caught.value.message == (
+        f"{tmp_path / 'recipe.yaml'}: {key}: no such path '/{'x/' * 97}x... "
+        "(6000 bytes, and a path has less than 4096)"
+    )
+
+
+def test_a_model_that_is_too_long_for_a_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    name = "x" * 300
+
+    recipe = load(tmp_path, f"backbone.model_name_or_path={name}").recipe
+
+    assert recipe.backbone.model_name_or_path == name
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+
+    with pytest.raises(RecipeError, match=r"no such path .* name that is not UTF-8"):
+        load(folder)
+
+
 def test_a_home_that_cannot_be_found(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data.path: no such path '~no-such-user/x'"):
         load(tmp_path, "data.path=~no-such-user/x")

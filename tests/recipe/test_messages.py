@@ -335,6 +335,29 @@ def test_long_values_are_cut_and_nothing_of_pydantic_shows(tmp_path: Path) -> No
     assert f": expected a whole number, got '{'x' * 56}..." in caught.value.message
 
 
+LONG = [
+    (f"adapter.{'k' * 5000}=1", ": unknown key. Keys of `adapter`: r, lora_alpha, "),
+    (f"adapter={{{'k' * 900}: 1}}", f"adapter.{'k' * 57}...: unknown key. Keys of `adapter`: r, "),
+    (f"{'k.' * 5000}=1", "the key 'k.k.k."),
+    (f"{'k.' * 5000}k=1", ": k: unknown key. Keys of a recipe: name, seed"),
+    (f"data.path.{'k.' * 5000}k=1", "nothing can be set beneath `data.path` ('clients.jsonl')"),
+    (f"adapter.target_modules=[{'k' * 5000}, {'k' * 5000}]", f"`{'k' * 57}...` is there twice"),
+    (f"name={'k' * 5000}", f"the first a letter or a digit, got '{'k' * 56}..."),
+    (f"backbone.gguf_file=/{'k' * 5000}", f"inside the package, got '/{'k' * 55}..."),
+    (f"x={'&a ' * 5000}", "anchor `&a`"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), LONG)
+def test_long_names_and_overrides_are_cut(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, override)
+
+    assert said in caught.value.message
+    assert f"override {override[:197]}...: " in caught.value.message
+    assert len(caught.value.message) < 1000
+
+
 def test_columns_must_differ(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"client: must not be the same column as `data.client_column`"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from pfl_lm.errors import DataError, ModelError, PflError, RecipeError, RunFolderError
 from pfl_lm.model.package import gguf_path
 from pfl_lm.preflight import check_recipe, preflight, refuse_occupied
+from pfl_lm.recipe.checks import refuse_no_model
 from tests.recipe.minimal import load, write
 
 
@@ -194,6 +196,30 @@ def test_a_file_where_the_run_folder_would_be(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RunFolderError, match="is a file, not a folder"):
             refuse_occupied(folder)
+
+
+def test_a_model_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 300)
+
+    with pytest.raises(ModelError) as caught:
+        refuse_no_model(folder)
+
+    assert caught.value.message == (
+        f"backbone.model_name_or_path: {folder}: cannot be looked at (File name too long)"
+    )
+
+
+def test_a_pipe_is_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    os.mkfifo(tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors"):
+        refuse_no_model(tmp_path)
+
+
+def test_a_gguf_file_whose_name_is_too_long() -> None:
+    with pytest.raises(ModelError, match="the package 'json' has no file 'xxx"):
+        gguf_path("json", "x" * 300)
 
 
 @pytest.mark.parametrize(

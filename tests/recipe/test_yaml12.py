@@ -111,7 +111,7 @@ PROBLEMS = [
     ("a: 1\u2028b: 1\n", ["1  the character U+2028 is not allowed"]),
     (f"a: {'9' * 401}\n", ["1  a number of 401 digits; put text in quotes"]),
     (f"a: {'[' * 32}{']' * 32}\n", ["1  nested deeper than 32 levels"]),
-    ("a: 1\nb: " + "[" * 100_000, ["2  nested deeper than 32 levels"]),
+    ("a: 1\nb: " + "[" * 50_000, ["2  nested deeper than 32 levels"]),
 ]
 
 
@@ -138,8 +138,39 @@ def test_the_size_limit_is_exact() -> None:
     text = b"a: 1 #"
     assert read_yaml(text.ljust(MAX_BYTES, b"x"), "r.yaml").data == {"a": 1}
 
-    with pytest.raises(RecipeError, match="larger than 1000000 bytes"):
+    with pytest.raises(RecipeError, match="larger than 100000 bytes"):
         read_yaml(text.ljust(MAX_BYTES + 1, b"x"), "r.yaml")
+
+
+def test_twenty_problems_are_listed_and_the_rest_counted() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_yaml(b"a: 1\n" * 10_000, "r.yaml")
+
+    lines = caught.value.message.splitlines()
+    assert lines[0] == "r.yaml: 9999 problems"
+    assert lines[1:3] + lines[20:] == [
+        "  line 2  duplicate key `a`, first on line 1",
+        "  line 3  duplicate key `a`, first on line 1",
+        "  line 21  duplicate key `a`, first on line 1",
+        "  ... and 9979 more",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"? {'k' * 5000}\n: 1\n? {'k' * 5000}\n: 2\n", f"duplicate key `{'k' * 57}...`, first"),
+        (f"a: &{'k' * 5000} 1\n", f"anchor `&{'k' * 57}...`: not allowed"),
+        (f"a: *{'k' * 5000}\n", f"alias `*{'k' * 57}...`: write the value out"),
+        (f"a: !{'k' * 5000} 1\n", f"tag `!{'k' * 56}...`: not allowed"),
+    ],
+)
+def test_long_names_are_cut_in_messages(text: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_yaml(text.encode(), "r.yaml")
+
+    assert said in caught.value.message
+    assert len(caught.value.message) < 200
 
 
 def test_31_nested_lists_below_a_key_are_read() -> None:
