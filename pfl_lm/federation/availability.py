@@ -18,9 +18,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pfl_lm.data.files import open_file
-from pfl_lm.data.problems import SHOWN, Problems
+from pfl_lm.data.problems import Problems
 from pfl_lm.data.tables import read_csv
 from pfl_lm.data.words import did_you_mean, quoted, short
+from pfl_lm.errors import SHOWN
 
 KEY = "federation.availability"
 _COLUMNS = ("round", "client")
