@@ -116,6 +116,24 @@ class AdapterLayout:
                 chosen[entry.start : entry.stop] = True
         return chosen
 
+    def factor(self, vector: Vector, factor: Factor) -> Vector:
+        """Return every matrix of one factor, one after another in this order: a shorter vector."""
+        return vector[self.mask(factor, vector.device)]
+
+    def with_factor(self, vector: Vector, factor: Factor, part: Vector) -> Vector:
+        """Return a copy of ``vector`` in which one factor is ``part``, laid out as by `factor`.
+
+        Raises:
+            ValueError: ``part`` has another length.
+        """
+        mask = self.mask(factor, vector.device)
+        due = (int(mask.sum()),)
+        if part.shape != due:
+            raise ValueError(f"expected {factor} factors of shape {due}, got {tuple(part.shape)}")
+        changed = vector.clone()
+        changed[mask] = part
+        return changed
+
     def without_effect(self, vector: Vector) -> Vector:
         """Return a copy whose B factors are zero: an adapter that leaves the backbone as it is."""
         return vector.masked_fill(self.mask("B", vector.device), 0.0)

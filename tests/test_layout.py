@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfl_lm.layout import AdapterLayout
+from pfl_lm.layout import AdapterLayout, Factor
 
 LAYOUT = AdapterLayout.of(
     [
@@ -88,6 +88,29 @@ def test_masks_divide_the_vector_by_factor() -> None:
     a, b = LAYOUT.mask("A"), LAYOUT.mask("B")
     assert torch.equal(a, ~b)
     assert a.nonzero().flatten().tolist() == [*range(6), *range(14, 17)]
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_factor_is_taken_out_and_put_back(factor: Factor) -> None:
+    vector = counting()
+    part = LAYOUT.factor(vector, factor)
+    own = [e for e in LAYOUT.entries if e.factor == factor]
+    assert part.tolist() == [float(i) for e in own for i in range(e.start, e.stop)]
+
+    changed = LAYOUT.with_factor(vector, factor, -part)
+
+    assert torch.equal(LAYOUT.factor(changed, factor), -part)
+    other = "B" if factor == "A" else "A"
+    assert torch.equal(LAYOUT.factor(changed, other), LAYOUT.factor(vector, other))
+    part.zero_()
+    assert torch.equal(vector, counting())
+
+
+def test_a_factor_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected A factors of shape \(9,\), got \(13,\)"):
+        LAYOUT.with_factor(counting(), "A", torch.zeros(13))
+    with pytest.raises(ValueError, match=r"expected B factors of shape \(13,\), got \(1,\)"):
+        LAYOUT.with_factor(counting(), "B", torch.zeros(1))
 
 
 def test_without_effect_zeroes_every_B_in_a_copy() -> None:
