@@ -1,7 +1,7 @@
 """Turns that fail: told apart, so that a round can go on without them.
 
 On the client's machine `attempted` turns what a turn raises into a `Fault`; on the server's side
-`proportion_fault` looks at what was sent. What is wrong with the run itself, a full disk or a lost
+`upload_fault` looks at what was sent. What is wrong with the run itself, a full disk or a lost
 rank, is no fault of a turn and passes through.
 """
 
@@ -16,11 +16,12 @@ import torch
 from pfl_lm.errors import DismissedError, LostRankError, PflError, RunFolderError
 from pfl_lm.federation.messages import Assignment, Fault, Update
 from pfl_lm.layout import Vector
-from pfl_lm.methods import Broadcast, Upload
+from pfl_lm.methods import Broadcast, ServerState, Upload
+from pfl_lm.methods.base import SHARED
 from pfl_lm.recipe import TrainingOptions
 
 LARGEST_STEP = 100.0
-"""How many times the length of what was sent an update may be before it is out of proportion."""
+"""How many times the length of what is shared an update may be before it is out of proportion."""
 
 DIVERGED = ("not_finite", "out_of_proportion")
 """Kinds of faults that too high a learning rate leads to."""
@@ -69,12 +70,22 @@ def refuse_not_finite(what: str, vectors: Mapping[str, Vector]) -> None:
         raise NotFiniteError(f"its {what} holds NaN or infinity: {', '.join(sorted(wrong))}")
 
 
-def upload_fault(sent: Broadcast, upload: Upload) -> Fault | None:
+def longest_update(server: ServerState) -> float:
+    """Return how far an upload may lie from what it answers, in a round that starts from here.
+
+    That is ``LARGEST_STEP`` times the length of all weights the server shares, both factors of them
+    where it has both: far beyond any training, and near enough that one client cannot end the run
+    for all.
+    """
+    shared = (vector for name, vector in server.vectors.items() if name.startswith(SHARED))
+    return LARGEST_STEP * math.sqrt(math.fsum(float(v.double().square().sum()) for v in shared))
+
+
+def upload_fault(sent: Broadcast, upload: Upload, most: float) -> Fault | None:
     """Return what is wrong with an upload that no honest turn can have led to, or None.
 
-    Every vector must be finite, and one that answers a vector that was sent must lie within
-    ``LARGEST_STEP`` times that vector's length of it: far beyond any training, and near enough
-    that one client cannot end the run for all.
+    Every number must be finite. A vector ``X`` that answers a vector ``global_X`` that was sent
+    must have its shape and lie within ``most`` of it; ``most`` of 0 says nothing of lengths.
     """
     try:
         refuse_not_finite("upload", upload.vectors)
@@ -82,20 +93,23 @@ def upload_fault(sent: Broadcast, upload: Upload) -> Fault | None:
         return Fault("not_finite", str(error))
     if not math.isfinite(upload.weight) or upload.weight < 0:
         return Fault("not_finite", f"its weight is {upload.weight}")
-    shared, weights = sent.vectors.get("global_weights"), upload.vectors.get("weights")
-    if shared is None or weights is None:
-        return None
-    if weights.shape != shared.shape:
-        return Fault(
-            "out_of_proportion",
-            f"it sent {tuple(weights.shape)} numbers where {tuple(shared.shape)} are due",
-        )
-    length = float((weights.double() - shared.double()).norm())
-    most = LARGEST_STEP * float(shared.double().norm())
+    for name, number in upload.scalars.items():
+        if not math.isfinite(number):
+            return Fault("not_finite", f"its {name} is {number}")
+    for name, vector in upload.vectors.items():
+        if (shared := sent.vectors.get(f"{SHARED}{name}")) is not None and (
+            said := _out_of_proportion(vector, shared, most)
+        ):
+            return Fault("out_of_proportion", said)
+    return None
+
+
+def _out_of_proportion(vector: Vector, shared: Vector, most: float) -> str | None:
+    if vector.shape != shared.shape:
+        return f"it sent {tuple(vector.shape)} numbers where {tuple(shared.shape)} are due"
+    length = float((vector.double() - shared.double()).norm())
     if length > most > 0:
-        return Fault(
-            "out_of_proportion", f"its update is {length:.3g} long, the most is {most:.3g}"
-        )
+        return f"its update is {length:.3g} long, the most is {most:.3g}"
     return None
 
 

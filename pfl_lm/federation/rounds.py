@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pfl_lm.errors import PflError, listed
 from pfl_lm.federation.cohort import Cohorts
-from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
+from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, longest_update, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.history import MOST_TRIES
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
@@ -80,11 +80,12 @@ class Orchestrator:
         if self._checks(round):
             for turn in self.ledger.turns(round):
                 _refuse_rising_loss(turn.client, turn.summary)
+        most = longest_update(server)
         while waiting := self.ledger.waiting(round):
             sent = {client: self.method.broadcast(server, client) for client in waiting}
             tasks = (self._task(round, "train", client, sent[client]) for client in waiting)
             for update in self.fleet.run(tasks):
-                self._settle(update, sent[update.client])
+                self._settle(update, sent[update.client], most)
         turns = len(self.ledger.turns(round))
         if turns < self.recipe.federation.min_clients:
             self.ledger.forgive(round)
@@ -104,10 +105,10 @@ class Orchestrator:
             self.ledger.commit_turn(kept, None, bytes_down=size)
             self.watch.turn(update)
 
-    def _settle(self, update: Update, sent: Broadcast) -> None:
+    def _settle(self, update: Update, sent: Broadcast, most: float) -> None:
         """Commit what came of a turn: the turn, or its fault."""
         round, client = update.round, update.client
-        fault = update.fault or upload_fault(sent, upload_of(update))
+        fault = update.fault or upload_fault(sent, upload_of(update), most)
         if fault is not None and fault.kind in DIVERGED and self._checks(round):
             raise RateTooHighError(f"{client}: {fault.message}")
         if fault is not None:

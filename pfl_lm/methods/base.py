@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from pfl_lm.train import Moments
 
 
+SHARED = "global_"
+"""How the names of shared weights begin: an upload's ``X`` answers the ``global_X`` it was sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What every method is told of the run: the server's layout, and the recipe beside the method.
@@ -74,7 +78,11 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """All that leaves a client: vectors, its weight in averages, and a few numbers."""
+    """All that leaves a client: vectors, its weight in averages, and a few numbers.
+
+    A vector ``X`` that goes on from the ``global_X`` of the broadcast is named so, and is checked
+    against it before it counts.
+    """
 
     vectors: dict[str, Vector]
     weight: float

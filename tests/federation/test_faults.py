@@ -19,13 +19,14 @@ from pfl_lm.federation.faults import (
     TooFewClientsError,
     attempted,
     in_smaller_batches,
+    longest_update,
     upload_fault,
 )
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Assignment, Fault, Update
 from pfl_lm.federation.watch import Watch
 from pfl_lm.finetune import RunResult, finetune
-from pfl_lm.methods import Broadcast, FedAvg, Upload
+from pfl_lm.methods import Broadcast, FedAvg, ServerState, Upload
 from pfl_lm.recipe import load_recipe
 from pfl_lm.resume import run_recipe
 from tests.same import check_same, facts_in, results_in
@@ -262,7 +263,9 @@ def test_what_a_turn_raises_becomes_a_fault() -> None:
     assert len(update.fault.message) == 300
 
 
-SENT = Broadcast({"global_weights": torch.tensor([3.0, 4.0])})  # of length 5
+SERVER = ServerState({"global_weights": torch.tensor([3.0, 4.0]), "velocity": torch.ones(2)})
+SENT = Broadcast({"global_weights": SERVER.vectors["global_weights"]})  # of length 5
+MOST = 5 * LARGEST_STEP
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ SENT = Broadcast({"global_weights": torch.tensor([3.0, 4.0])})  # of length 5
 def test_uploads_that_cannot_be(
     weights: list[float], weight: float, said: tuple[str, str] | None
 ) -> None:
-    fault = upload_fault(SENT, Upload({"weights": torch.tensor(weights)}, weight))
+    fault = upload_fault(SENT, Upload({"weights": torch.tensor(weights)}, weight), MOST)
     if said is None:
         assert fault is None
     else:
@@ -289,8 +292,34 @@ def test_uploads_that_cannot_be(
 
 
 def test_an_upload_that_answers_nothing_is_only_looked_at_for_nan() -> None:
-    assert upload_fault(SENT, Upload({}, 0.0)) is None
-    assert upload_fault(Broadcast({}), Upload({"weights": torch.full((2,), 1e30)}, 1.0)) is None
+    far = torch.full((2,), 1e30)
+    assert upload_fault(SENT, Upload({}, 0.0), MOST) is None
+    assert upload_fault(Broadcast({}), Upload({"weights": far}, 1.0), MOST) is None
+    assert upload_fault(SENT, Upload({"weights": far}, 1.0), 0.0) is None
+
+
+def test_half_an_adapter_is_measured_against_the_half_it_answers() -> None:
+    """B may be all zero, so how far it may go is told by what the server has of both factors."""
+    sent = Broadcast({"global_A": torch.ones(3), "global_B": torch.zeros(2)})
+    for part, fault in (
+        ([MOST, 0.0], None),
+        ([MOST * 1.01, 0.0], f"its update is {MOST * 1.01:.3g} long, the most is {MOST:.3g}"),
+        ([1.0, 2.0, 3.0], "it sent (3,) numbers where (2,) are due"),
+    ):
+        found = upload_fault(sent, Upload({"B": torch.tensor(part)}, 1.0), MOST)
+        assert found == (None if fault is None else Fault("out_of_proportion", fault))
+
+
+def test_numbers_beside_the_vectors_must_be_finite() -> None:
+    fault = upload_fault(SENT, Upload({}, 1.0, {"steps": math.nan}), MOST)
+    assert fault == Fault("not_finite", "its steps is nan")
+
+
+def test_how_far_an_update_may_go_is_told_by_what_is_shared_and_by_nothing_else() -> None:
+    assert longest_update(SERVER) == MOST
+    halves = {"global_A": torch.tensor([3.0]), "global_B": torch.tensor([4.0])}
+    assert longest_update(ServerState(halves)) == MOST
+    assert longest_update(ServerState({"velocity": torch.ones(2)})) == 0
 
 
 @pytest.mark.parametrize(
