@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pfl_lm.data.batches import training_batches
-from pfl_lm.data.examples import Example
-from pfl_lm.data.render import render
-from pfl_lm.data.sources import read_records
-from pfl_lm.data.splits import split_clients
-from pfl_lm.finetune import finetune
-from pfl_lm.recipe import load_recipe
-from pfl_lm.recipe.sections import DataOptions
-from pfl_lm.seeds import derive_seed
 from tests.parity.plain import PlainClient, algorithm_1
-from tests.tiny import client_rows, make_tokenizer, tiny_model, tiny_recipe, write_jsonl
-
-SEED, ROUNDS, STEPS = 7, 3, 2
-CLIENTS = ("alice", "bob", "carol")
-
-
-def run(tmp_path: Path, clients: tuple[str, ...] = CLIENTS, **changes: Any) -> Path:
-    """Run a tiny recipe and return its run folder."""
-    path = write_jsonl(tmp_path / "clients.jsonl", client_rows(clients))
-    settings = {"data.path": str(path), "seed": SEED, "federation.rounds": ROUNDS} | changes
-    return finetune(load_recipe(tiny_recipe(tmp_path, **settings))).folder
-
-
-def state(folder: Path, client: str, round: int = ROUNDS) -> dict[str, Tensor]:
-    return load_file(folder / "clients" / client / f"state-{round}.safetensors")
-
-
-def global_weights(folder: Path) -> Tensor:
-    return load_file(folder / "server" / f"state-{ROUNDS}.safetensors")["global_weights"]
-
-
-def examples(tmp_path: Path, client: str) -> tuple[Example, ...]:
-    options = DataOptions(path=str(tmp_path / "clients.jsonl"), split_column="split")
-    rows = split_clients(read_records(options), 0.125)[client].train
-    return tuple(render(make_tokenizer(), r.content).cut(128) for r in rows)
-
-
-def batches(tmp_path: Path, client: str, round: int) -> list[Mapping[str, Any]]:
-    loader = training_batches(
-        examples(tmp_path, client),
-        steps=STEPS,
-        accumulation=1,
-        batch_size=2,
-        pad_token_id=make_tokenizer().pad_token_id,
-        seed=derive_seed(SEED, "turn", client, round),
-    )
-    return list(loader)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    """The adapter every client starts from: what `local` leaves on the server."""
-    return global_weights(run(tmp_path_factory.mktemp("start"), **{"method.name": "local"}))
-
-
-def average(vectors: list[Tensor], weights: list[int]) -> Tensor:
-    stacked = np.stack([vector.double().numpy() for vector in vectors])
-    return torch.from_numpy(np.average(stacked, axis=0, weights=weights)).float()
+from tests.parity.runs import (
+    CLIENTS,
+    ROUNDS,
+    average,
+    batches,
+    examples,
+    global_weights,
+    run,
+    state,
+)
+from tests.tiny import client_rows, tiny_model
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -105,12 +56,7 @@ def test_fedavg_with_one_client_is_a_plain_loop(
 
 def test_fedavg_is_the_weighted_average_of_plain_loops(tmp_path: Path, start: Tensor) -> None:
     rows = [*client_rows(("alice",), n_rows=12), *client_rows(("bob", "carol"))]
-    path = write_jsonl(tmp_path / "uneven.jsonl", rows)
-    folder = run(
-        tmp_path,
-        **{"method.name": "fedavg", "training.learning_rate": 0.5, "data.path": str(path)},
-    )
-    (tmp_path / "clients.jsonl").write_bytes(path.read_bytes())
+    folder = run(tmp_path, rows=rows, **{"method.name": "fedavg", "training.learning_rate": 0.5})
     shared, sizes = start, [len(examples(tmp_path, client)) for client in CLIENTS]
     assert len(set(sizes)) > 1
     for round in range(1, ROUNDS + 1):
@@ -126,8 +72,6 @@ def test_fedavg_is_the_weighted_average_of_plain_loops(tmp_path: Path, start: Te
 def test_pflalign_without_its_mechanisms_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
     off = {"preconditioner": False, "correction": "none", "personalized_start": False}
     changes = {f"method.{key}": value for key, value in off.items()}
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     ablated = run(tmp_path / "a", **{"training.learning_rate": 0.5}, **changes)
     fedavg = run(tmp_path / "b", **{"training.learning_rate": 0.5, "method.name": "fedavg"})
     assert torch.equal(global_weights(ablated), global_weights(fedavg))
