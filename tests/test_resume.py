@@ -116,8 +116,14 @@ def test_stopped_again_and_again_it_ends_the_same(
     assert not [name for name in files_in(folder) if name.endswith(".part")]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+WITH_MOMENTS = ("local", "pflalign")
+"""Methods whose state or form is another one with AdamW."""
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [*((name, "sgd") for name in METHODS), *((name, "adamw") for name in WITH_MOMENTS)],
+)
 def test_every_method_goes_on_as_it_was(tmp_path: Path, method: str, optimizer: str) -> None:
     changes: dict[str, Any] = {"method.name": method, "training.optimizer": optimizer}
     if (method, optimizer) == ("pflalign", "adamw"):

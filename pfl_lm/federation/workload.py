@@ -29,7 +29,7 @@ def workload(
         else:
             ids = [member.client for member in members if member.joined < round]
             chosen = cohorts(round, ids) if round else []
-        left += sum(steps[client] for client in chosen)
+        left += side.method.fits * sum(steps[client] for client in chosen)
 
     dataset = side.dataset
     everyone = dataset.client_ids

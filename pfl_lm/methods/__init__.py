@@ -11,10 +11,16 @@ from pfl_lm.methods.base import (
     Upload,
 )
 from pfl_lm.methods.fedavg import FedAvg
+from pfl_lm.methods.fedprox import FedProx
 from pfl_lm.methods.local import Local
 from pfl_lm.methods.pflalign import PFLAlign
 
-METHODS: dict[str, type[Method]] = {"pflalign": PFLAlign, "fedavg": FedAvg, "local": Local}
+METHODS: dict[str, type[Method]] = {
+    "pflalign": PFLAlign,
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "local": Local,
+}
 
 __all__ = [
     "METHODS",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.recipe import AggregationOptions
@@ -127,7 +127,12 @@ class Method(ABC):
     Args:
         options: the method's own options of the recipe.
         setup: layout, number of clients, seed, training options.
+
+    Attributes:
+        fits: how many local trainings of T steps one turn is.
     """
+
+    fits: ClassVar[int] = 1
 
     def __init__(self, options: Any, setup: Setup) -> None:
         self.options = options
@@ -137,9 +142,9 @@ class Method(ABC):
         """Return the server before the first round; ``start`` is the untouched adapter."""
         return ServerState({"global_weights": start.clone()})
 
-    @abstractmethod
     def init_client(self, info: ClientInfo, start: Vector) -> ClientState:
-        """Return a client before its first turn."""
+        """Return a client before its first turn; it keeps what it would be scored with."""
+        return ClientState({"weights": start.clone()})
 
     def broadcast(self, server: ServerState, client_id: str) -> Broadcast:
         """Return what this client gets to see."""

@@ -21,7 +21,6 @@ from pfl_lm.layout import Vector
 from pfl_lm.methods.aggregate import upload_weight
 from pfl_lm.methods.base import (
     Broadcast,
-    ClientInfo,
     ClientState,
     LocalRun,
     Method,
@@ -38,10 +37,6 @@ class FedAvg(Method):
     """Average the clients' adapters, weighted by their training examples."""
 
     options: FedAvgOptions
-
-    def init_client(self, info: ClientInfo, start: Vector) -> ClientState:
-        """Remember the start, which is what an untrained client would be scored with."""
-        return ClientState({"weights": start.clone()})
 
     def turn(
         self, sent: Broadcast, client: ClientState, run: LocalRun

@@ -93,8 +93,9 @@ def make_plan(
 
     layout = adapter.layout
     setup = Setup(layout, len(dataset), recipe.seed, recipe.training, recipe.aggregation)
-    traffic = count_traffic(METHODS[recipe.method.name](recipe.method, setup), layout)
-    clients = tuple(_client(client, recipe) for client in dataset)
+    method = METHODS[recipe.method.name](recipe.method, setup)
+    traffic = count_traffic(method, layout)
+    clients = tuple(_client(client, recipe, method.fits) for client in dataset)
     steps = {client.id: client.steps for client in clients}
     taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()
     sizes = [len(chosen) for chosen in taking_part]
@@ -123,7 +124,7 @@ def make_plan(
     )
 
 
-def _client(client: ClientData, recipe: Recipe) -> ClientPlan:
+def _client(client: ClientData, recipe: Recipe, fits: int) -> ClientPlan:
     counts = client.counts.values()
     return ClientPlan(
         id=client.id,
@@ -133,7 +134,7 @@ def _client(client: ClientData, recipe: Recipe) -> ClientPlan:
         tokens=sum(example.n_supervised for example in client.train),
         cut=sum(count.truncated for count in counts),
         dropped=sum(count.dropped for count in counts),
-        steps=recipe.training.steps_for(client.n_train),
+        steps=fits * recipe.training.steps_for(client.n_train),
     )
 
 

@@ -1,5 +1,6 @@
 """Recipes: what a run is, read from strict YAML and checked by a schema. No torch in this room."""
 
+from pfl_lm.recipe.averaging import FedProxOptions
 from pfl_lm.recipe.load import LoadedRecipe, load_recipe
 from pfl_lm.recipe.methods import (
     FedAvgOptions,
@@ -25,6 +26,7 @@ __all__ = [
     "BackboneOptions",
     "DataOptions",
     "FedAvgOptions",
+    "FedProxOptions",
     "FederationOptions",
     "LoadedRecipe",
     "LocalOptions",

@@ -117,7 +117,7 @@ def _said(details: ErrorDetails, place: _Place) -> str:
 
 def _unknown_key(place: _Place) -> str:
     if place.section == "method" and (has := owners(place.key)):
-        return f"`{place.key}` is an option of {' and '.join(has)}, not of {place.method}"
+        return f"`{place.key}` is an option of {_and(has)}, not of {place.method}"
     if "." in place.key:
         *_, name = place.key.split(".")
         return f"unknown key. Nest it: `{brief(name)}:` on a line of its own under its section"
@@ -127,6 +127,11 @@ def _unknown_key(place: _Place) -> str:
     keys = ", ".join(options.model_fields) if options else ""
     owner = f"`{place.section}`" if place.section else "a recipe"
     return f"unknown key. Keys of {owner}: {keys}"
+
+
+def _and(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _missing(place: _Place) -> str:

@@ -6,13 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pfl_lm.recipe.averaging import FedProxOptions, Weighting
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.scalars import show
-
-Weighting = Annotated[
-    Literal["examples", "tokens", "uniform"],
-    Field(description="A client's weight in averages: train rows, their supervised tokens, or 1."),
-]
 
 _NO_START = {"personalized_start": False, "correction": "none"}
 PRESETS: dict[str, dict[str, object]] = {
@@ -147,11 +143,13 @@ class LocalOptions(Options):
 
 
 MethodOptions = Annotated[
-    PFLAlignOptions | FedAvgOptions | LocalOptions, Field(discriminator="name")
+    PFLAlignOptions | FedAvgOptions | FedProxOptions | LocalOptions,
+    Field(discriminator="name"),
 ]
 
 METHOD_OPTIONS: dict[str, type[Options]] = {
     "pflalign": PFLAlignOptions,
     "fedavg": FedAvgOptions,
+    "fedprox": FedProxOptions,
     "local": LocalOptions,
 }

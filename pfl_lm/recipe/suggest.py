@@ -39,6 +39,7 @@ _SYNONYMS = {
     "federation.availability": ("trace", "availability_trace"),
     "federation.min_clients": ("min_available_nodes", "min_train_nodes", "min_available_clients"),
     "method": ("algorithm", "strategy"),
+    "method.mu": ("proximal_mu", "prox_mu", "proximal_weight"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
     "runtime.tracking": ("tracker", "report_to", "logger", "tensorboard"),

@@ -44,7 +44,8 @@ class LocalTrainer:
     Attributes:
         n_examples: the client's training rows.
         n_tokens: their supervised tokens.
-        summary: plain numbers about the turn, for the ledger; a method may add its own.
+        summary: plain numbers about the turn, for the ledger; a method may add its own. Steps are
+            those of all fits so far, losses those of the last.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class LocalTrainer:
 
     def _note(self, module: PersonalizedLM, trainer: L.Trainer) -> None:
         losses = torch.stack(module.step_losses).tolist() if module.step_losses else []
-        self.summary["steps_done"] = float(trainer.global_step)
+        self.summary["steps_done"] = self.summary.get("steps_done", 0.0) + trainer.global_step
         if losses:
             self.summary["loss_first"] = losses[0]
             self.summary["loss_last"] = losses[-1]

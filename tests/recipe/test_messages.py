@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfl_lm.errors import RecipeError
+from pfl_lm.recipe.methods import METHOD_OPTIONS
 from tests.recipe.minimal import load
 
 HEAD = """\
@@ -107,17 +108,32 @@ def test_a_key_of_another_section(tmp_path: Path) -> None:
         load(tmp_path, "training.max_length=8")
 
 
+NAMES = ", ".join(METHOD_OPTIONS)
 METHODS = [
     (
         "{}",
-        "method.name: missing. Add one of pflalign, fedavg, local, for example `name: pflalign`",
+        f"method.name: missing. Add one of {NAMES}, for example `name: pflalign`",
     ),
     (
         "{name: pflalgin}",
-        "method.name: must be one of pflalign, fedavg, local, got 'pflalgin'. Did you",
+        f"method.name: must be one of {NAMES}, got 'pflalgin'. Did you mean `pflalign`?",
     ),
-    ("{name: 3}", "method.name: must be one of pflalign, fedavg, local, got 3"),
+    ("{name: 3}", f"method.name: must be one of {NAMES}, got 3"),
     ("{name: fedavg, beta: 0.3}", "method.beta: `beta` is an option of pflalign, not of fedavg"),
+    ("{name: pflalign, mu: 0.3}", "method.mu: `mu` is an option of fedprox, not of pflalign"),
+    (
+        "{name: local, weighting: uniform}",
+        "method.weighting: `weighting` is an option of pflalign, fedavg and fedprox, not of local",
+    ),
+    (
+        "{name: fedprx}",
+        f"method.name: must be one of {NAMES}, got 'fedprx'. Did you mean `fedprox`",
+    ),
+    (
+        "{name: fedprox, proximal_mu: 0.1}",
+        "method.proximal_mu: unknown key. Did you mean `method.mu`?",
+    ),
+    ("{name: fedprox, mu: -1}", "method.mu: must be a number of at least 0, got -1"),
     ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     (

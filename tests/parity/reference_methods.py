@@ -1,0 +1,72 @@
+"""Whole federations in float64, each rule as its paper has it; never from `pfl_lm.methods`.
+
+A client k is asked for the gradient of its batches at any w, in the order of its steps. Clients
+weigh by their train rows unless a paper says otherwise. Every function returns the shared weights
+after the last round, and what each client holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tests.parity.plain import PlainClient
+from tests.parity.runs import CLIENTS, ROUNDS, batches, examples
+
+Gradient = Callable[[Tensor], Tensor]
+Held = dict[str, Tensor]
+
+
+@dataclass
+class Federation:
+    """The clients of a run in ``folder``: their gradients and sizes; η and the common start."""
+
+    folder: Path
+    plain: PlainClient
+    start: Tensor
+    eta: float
+    clients: tuple[str, ...] = CLIENTS
+    rounds: int = ROUNDS
+
+    def gradients(self, client: str, round: int) -> list[Gradient]:
+        """Return a client's gradient of each of its T steps in a round."""
+
+        def of(batch: object) -> Gradient:
+            def gradient(w: Tensor) -> Tensor:
+                self.plain.w = w.float()
+                return self.plain.gradient(batch).double()  # type: ignore[arg-type]
+
+            return gradient
+
+        return [of(batch) for batch in batches(self.folder, client, round)]
+
+    def mean(self, vectors: dict[str, Tensor]) -> Tensor:
+        n = {client: len(examples(self.folder, client)) for client in vectors}
+        return sum(n[k] * vectors[k] for k in vectors) / sum(n.values())  # type: ignore[return-value]
+
+
+def descend(
+    w: Tensor, gradients: list[Gradient], eta: float, more: Gradient | None = None
+) -> Tensor:
+    """w ← w - η (∇F(w) + more(w)) for each step."""
+    for gradient in gradients:
+        w = w - eta * (gradient(w) + (0 if more is None else more(w)))
+    return w
+
+
+def fedprox(fed: Federation, mu: float) -> tuple[Tensor, Held]:
+    """Li et al. 2018, with T gradient steps for the inexact solution: h(w) = F + μ/2‖w - w_g‖²."""
+    shared, ends = fed.start.double(), {}
+    for round in range(1, fed.rounds + 1):
+        at = shared
+
+        def pull(w: Tensor, at: Tensor = at) -> Tensor:
+            return mu * (w - at)
+
+        for k in fed.clients:
+            ends[k] = descend(shared, fed.gradients(k, round), fed.eta, pull)
+        shared = fed.mean(ends)
+    return shared, ends

@@ -1,0 +1,79 @@
+"""Whole runs of the other methods against references, and what they are with neutral options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity import reference_methods as reference
+from tests.parity.plain import PlainClient
+from tests.parity.reference_methods import Federation
+from tests.parity.runs import CLIENTS, ROUNDS, batches, global_weights, run, state
+from tests.tiny import client_rows, tiny_model
+
+RATE = 0.5
+UNEVEN = [*client_rows(("alice",), n_rows=12), *client_rows(("bob", "carol"))]
+
+
+def run_uneven(folder: Path, name: str, **options: Any) -> Path:
+    """Run three rounds with SGD; alice has more rows than the others."""
+    method = {"method.name": name} | {f"method.{key}": value for key, value in options.items()}
+    return run(folder, rows=UNEVEN, **{"training.learning_rate": RATE}, **method)
+
+
+@pytest.fixture
+def federation(tmp_path: Path, start: Tensor) -> Federation:
+    return Federation(tmp_path, PlainClient(tiny_model(), start), start, RATE)
+
+
+def check(found: Tensor, wanted: Tensor, start: Tensor, without: Tensor) -> None:
+    """Compare changes of the start; ``without`` is what another rule would have led to."""
+    error = float((found.double() - wanted).norm())
+    torch.testing.assert_close(
+        found.double() - start.double(), wanted - start.double(), rtol=1e-3, atol=1e-7
+    )
+    assert float((wanted - without).norm()) > 100 * error
+
+
+# --- fedprox ----------------------------------------------------------------------------------
+
+
+def test_fedprox_is_its_paper(tmp_path: Path, start: Tensor, federation: Federation) -> None:
+    folder = run_uneven(tmp_path, "fedprox", mu=0.5)
+    shared, ends = reference.fedprox(federation, mu=0.5)
+    without, plain_ends = reference.fedprox(federation, mu=0.0)
+    check(global_weights(folder), shared, start, without)
+    for client in CLIENTS:
+        check(state(folder, client)["weights"], ends[client], start, plain_ends[client])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fedprox_with_one_client_is_a_plain_loop(
+    tmp_path: Path, start: Tensor, optimizer: str
+) -> None:
+    """With AdamW the pull goes through the moments, as part of the gradient."""
+    changes = {"method.name": "fedprox", "method.mu": 0.5, "training.learning_rate": 0.02}
+    folder = run(tmp_path, ("alice",), **changes, **{"training.optimizer": optimizer})
+    plain = PlainClient(tiny_model(), start)
+    for round in range(1, ROUNDS + 1):
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        base = kind(plain.parameters, lr=0.02, weight_decay=0.0)
+        shared = [parameter.detach().clone() for parameter in plain.parameters]
+        for batch in batches(tmp_path, "alice", round):
+            plain.gradient(batch)
+            for parameter, at in zip(plain.parameters, shared, strict=True):
+                parameter.grad.add_(parameter.detach() - at, alpha=0.5)
+            base.step()
+    assert torch.equal(global_weights(folder), plain.w)
+
+
+def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
+    one = run_uneven(tmp_path / "a", "fedprox", mu=0.0)
+    other = run_uneven(tmp_path / "b", "fedavg")
+    assert torch.equal(global_weights(one), global_weights(other))
+    for client in CLIENTS:
+        assert torch.equal(state(one, client)["weights"], state(other, client)["weights"])
