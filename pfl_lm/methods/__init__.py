@@ -10,7 +10,9 @@ from pfl_lm.methods.base import (
     Setup,
     Upload,
 )
+from pfl_lm.methods.fedadam import FedAdam
 from pfl_lm.methods.fedavg import FedAvg
+from pfl_lm.methods.fedavgm import FedAvgM
 from pfl_lm.methods.fedprox import FedProx
 from pfl_lm.methods.local import Local
 from pfl_lm.methods.pflalign import PFLAlign
@@ -19,6 +21,8 @@ METHODS: dict[str, type[Method]] = {
     "pflalign": PFLAlign,
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
     "local": Local,
 }
 

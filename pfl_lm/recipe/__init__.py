@@ -1,6 +1,10 @@
 """Recipes: what a run is, read from strict YAML and checked by a schema. No torch in this room."""
 
-from pfl_lm.recipe.averaging import FedProxOptions
+from pfl_lm.recipe.averaging import (
+    FedAdamOptions,
+    FedAvgMOptions,
+    FedProxOptions,
+)
 from pfl_lm.recipe.load import LoadedRecipe, load_recipe
 from pfl_lm.recipe.methods import (
     FedAvgOptions,
@@ -25,6 +29,8 @@ __all__ = [
     "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
+    "FedAdamOptions",
+    "FedAvgMOptions",
     "FedAvgOptions",
     "FedProxOptions",
     "FederationOptions",

@@ -29,3 +29,51 @@ class FedProxOptions(Options):
         description="μ, strength of the pull: (μ/2)‖w − w_g‖² is added to the loss; 0: fedavg.",
     )
     weighting: Weighting = "examples"
+
+
+class FedAvgMOptions(Options):
+    """FedAvgM: FedAvg with momentum on the server.
+
+    Tzu-Ming Harry Hsu, Hang Qi and Matthew Brown, "Measuring the Effects of Non-Identical Data
+    Distribution for Federated Visual Classification", arXiv 1909.06335.
+    """
+
+    name: Literal["fedavgm"] = Field(
+        description="One shared adapter; the server's steps have momentum."
+    )
+    server_momentum: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="β of u ← β u + D, where D is the averaged change of a round; 0: fedavg, with "
+        "`server_learning_rate: 1.0`.",
+    )
+    server_learning_rate: float = Field(default=1.0, gt=0, description="η_s of w_g ← w_g + η_s u.")
+    weighting: Weighting = "examples"
+
+
+class FedAdamOptions(Options):
+    """FedAdam: the averaged change of a round is the gradient of an Adam on the server.
+
+    Sashank J. Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295.
+    """
+
+    name: Literal["fedadam"] = Field(
+        description="One shared adapter; the server's steps are Adam's."
+    )
+    server_learning_rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="η_s, about how far a coordinate of the shared adapter moves in a round.",
+    )
+    beta_1: float = Field(
+        default=0.9, ge=0, lt=1, description="β₁, decay of the mean m of the averaged changes D."
+    )
+    beta_2: float = Field(default=0.99, ge=0, lt=1, description="β₂, decay of the mean v of D².")
+    tau: float = Field(
+        default=1e-3,
+        gt=0,
+        description="τ, added to √v: changes that are much smaller count by their size, larger "
+        "ones by their sign.",
+    )
+    weighting: Weighting = "examples"

@@ -6,7 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pfl_lm.recipe.averaging import FedProxOptions, Weighting
+from pfl_lm.recipe.averaging import (
+    FedAdamOptions,
+    FedAvgMOptions,
+    FedProxOptions,
+    Weighting,
+)
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.scalars import show
 
@@ -143,7 +148,12 @@ class LocalOptions(Options):
 
 
 MethodOptions = Annotated[
-    PFLAlignOptions | FedAvgOptions | FedProxOptions | LocalOptions,
+    PFLAlignOptions
+    | FedAvgOptions
+    | FedProxOptions
+    | FedAvgMOptions
+    | FedAdamOptions
+    | LocalOptions,
     Field(discriminator="name"),
 ]
 
@@ -151,5 +161,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "pflalign": PFLAlignOptions,
     "fedavg": FedAvgOptions,
     "fedprox": FedProxOptions,
+    "fedavgm": FedAvgMOptions,
+    "fedadam": FedAdamOptions,
     "local": LocalOptions,
 }

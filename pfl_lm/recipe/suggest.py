@@ -39,6 +39,7 @@ _SYNONYMS = {
     "federation.availability": ("trace", "availability_trace"),
     "federation.min_clients": ("min_available_nodes", "min_train_nodes", "min_available_clients"),
     "method": ("algorithm", "strategy"),
+    "method.server_learning_rate": ("server_lr", "eta_s", "global_lr", "eta_g"),
     "method.mu": ("proximal_mu", "prox_mu", "proximal_weight"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tests.parity.plain import PlainClient
@@ -69,4 +70,34 @@ def fedprox(fed: Federation, mu: float) -> tuple[Tensor, Held]:
         for k in fed.clients:
             ends[k] = descend(shared, fed.gradients(k, round), fed.eta, pull)
         shared = fed.mean(ends)
+    return shared, ends
+
+
+def fedavg_ends(fed: Federation, shared: Tensor, round: int) -> Held:
+    return {k: descend(shared, fed.gradients(k, round), fed.eta) for k in fed.clients}
+
+
+def fedavgm(fed: Federation, beta: float, eta_s: float) -> tuple[Tensor, Held]:
+    """Hsu et al. 2019: v ← βv + Δ, w ← w - v, with Δ = -D; here with a server rate."""
+    shared, velocity, ends = fed.start.double(), torch.zeros(len(fed.start)).double(), {}
+    for round in range(1, fed.rounds + 1):
+        ends = fedavg_ends(fed, shared, round)
+        gradient = shared - fed.mean(ends)
+        velocity = beta * velocity + gradient
+        shared = shared - eta_s * velocity
+    return shared, ends
+
+
+def fedadam(
+    fed: Federation, eta_s: float, beta_1: float, beta_2: float, tau: float
+) -> tuple[Tensor, Held]:
+    """Reddi et al. 2021, Algorithm 2, FedAdam; v₋₁ = τ²."""
+    shared, ends = fed.start.double(), {}
+    m, v = torch.zeros_like(shared), torch.zeros_like(shared) + tau * tau
+    for round in range(1, fed.rounds + 1):
+        ends = fedavg_ends(fed, shared, round)
+        delta = fed.mean({k: ends[k] - shared for k in fed.clients})
+        m = beta_1 * m + (1 - beta_1) * delta
+        v = beta_2 * v + (1 - beta_2) * delta**2
+        shared = shared + eta_s * m / (torch.sqrt(v) + tau)
     return shared, ends

@@ -30,12 +30,13 @@ def federation(tmp_path: Path, start: Tensor) -> Federation:
     return Federation(tmp_path, PlainClient(tiny_model(), start), start, RATE)
 
 
-def check(found: Tensor, wanted: Tensor, start: Tensor, without: Tensor) -> None:
+def check(
+    found: Tensor, wanted: Tensor, start: Tensor, without: Tensor, atol: float = 1e-7
+) -> None:
     """Compare changes of the start; ``without`` is what another rule would have led to."""
     error = float((found.double() - wanted).norm())
-    torch.testing.assert_close(
-        found.double() - start.double(), wanted - start.double(), rtol=1e-3, atol=1e-7
-    )
+    change, expected = found.double() - start.double(), wanted - start.double()
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=atol)
     assert float((wanted - without).norm()) > 100 * error
 
 
@@ -77,3 +78,36 @@ def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(global_weights(one), global_weights(other))
     for client in CLIENTS:
         assert torch.equal(state(one, client)["weights"], state(other, client)["weights"])
+
+
+# --- fedavgm, fedadam ---------------------------------------------------------------------------
+
+
+def test_fedavgm_is_its_paper(tmp_path: Path, start: Tensor, federation: Federation) -> None:
+    folder = run_uneven(tmp_path, "fedavgm", server_momentum=0.6, server_learning_rate=0.8)
+    shared, ends = reference.fedavgm(federation, 0.6, 0.8)
+    without, plain_ends = reference.fedavgm(federation, 0.0, 0.8)
+    check(global_weights(folder), shared, start, without)
+    for client in CLIENTS:
+        check(state(folder, client)["weights"], ends[client], start, plain_ends[client])
+
+
+def test_fedavgm_at_rest_is_fedavg(tmp_path: Path) -> None:
+    """The server's sums round once, so here they even agree to the bit."""
+    one = run_uneven(tmp_path / "a", "fedavgm", server_momentum=0.0)
+    other = run_uneven(tmp_path / "b", "fedavg")
+    assert torch.equal(global_weights(one), global_weights(other))
+    for client in CLIENTS:
+        assert torch.equal(state(one, client)["weights"], state(other, client)["weights"])
+
+
+def test_fedadam_is_its_paper(tmp_path: Path, start: Tensor, federation: Federation) -> None:
+    """Where D is far below τ, a step is η_s/τ = 200 times it, and so is its rounding."""
+    own = {"server_learning_rate": 0.02, "beta_1": 0.7, "beta_2": 0.8, "tau": 1e-4}
+    folder = run_uneven(tmp_path, "fedadam", **own)
+    shared, ends = reference.fedadam(federation, 0.02, 0.7, 0.8, 1e-4)
+    without, plain_ends = reference.fedadam(federation, 0.02, 0.7, 0.7, 1e-4)
+    check(global_weights(folder), shared, start, without, atol=2e-6)
+    for client in CLIENTS:
+        local = state(folder, client)["weights"]
+        check(local, ends[client], start, plain_ends[client], atol=2e-6)

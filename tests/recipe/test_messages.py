@@ -109,6 +109,7 @@ def test_a_key_of_another_section(tmp_path: Path) -> None:
 
 
 NAMES = ", ".join(METHOD_OPTIONS)
+AVERAGING = "pflalign, fedavg, fedprox, fedavgm and fedadam"
 METHODS = [
     (
         "{}",
@@ -123,7 +124,7 @@ METHODS = [
     ("{name: pflalign, mu: 0.3}", "method.mu: `mu` is an option of fedprox, not of pflalign"),
     (
         "{name: local, weighting: uniform}",
-        "method.weighting: `weighting` is an option of pflalign, fedavg and fedprox, not of local",
+        f"method.weighting: `weighting` is an option of {AVERAGING}, not of local",
     ),
     (
         "{name: fedprx}",
@@ -134,6 +135,25 @@ METHODS = [
         "method.proximal_mu: unknown key. Did you mean `method.mu`?",
     ),
     ("{name: fedprox, mu: -1}", "method.mu: must be a number of at least 0, got -1"),
+    (
+        "{name: fedavgm, server_momentum: 1}",
+        "method.server_momentum: must be a number of at least 0 and less than 1, got 1",
+    ),
+    (
+        "{name: fedavgm, server_lr: 1}",
+        "method.server_lr: unknown key. Did you mean `method.server_learning_rate`?",
+    ),
+    (
+        "{name: fedavg, server_learning_rate: 1}",
+        "method.server_learning_rate: `server_learning_rate` is an option of fedavgm and fedadam, "
+        "not of fedavg",
+    ),
+    ("{name: fedadam, tau: 0}", "method.tau: must be a number greater than 0, got 0"),
+    ("{name: fedadam, beta1: 0.9}", "method.beta1: unknown key. Did you mean `method.beta_1`?"),
+    (
+        "{name: fedadam, server_momentum: 0.9}",
+        "method.server_momentum: `server_momentum` is an option of fedavgm, not of fedadam",
+    ),
     ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     (
