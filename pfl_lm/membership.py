@@ -23,7 +23,7 @@ from pfl_lm.federation.slugs import slug_beside
 from pfl_lm.federation.store import Store
 from pfl_lm.files import explained, write_atomically
 from pfl_lm.model.outline import find_source, load_tokenizer
-from pfl_lm.recipe import LoadedRecipe
+from pfl_lm.recipe import LoadedRecipe, ScaffoldOptions
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.resume import rows_of_one, run_recipe
 
@@ -70,12 +70,14 @@ def remove(folder: Path, client: str, *, replay: bool = False) -> Member:
     round, to be run again without it.
 
     Raises:
-        PflError: it is no member, or the only one.
+        PflError: it is no member, or the only one; or the method needs ``replay``.
     """
     loaded = run_recipe(folder)
     refuse_links(loaded.run_folder)
     with run_lock(loaded.run_folder), closing(Ledger(loaded.run_folder / LEDGER)) as ledger:
         member = _member(ledger, client, folder)
+        if not replay:
+            _refuse_sums(loaded, member, folder)
         # Files go first: should this be cut short, the client is still there to be removed again.
         _remove_export(loaded.run_folder, member)
         _remove_tree(loaded.run_folder / "clients" / member.slug)
@@ -103,6 +105,17 @@ def _member(ledger: Ledger, name: str, folder: Path) -> Member:
             hint=f"remove the whole folder instead: {folder}",
         )
     return found[0]
+
+
+def _refuse_sums(loaded: LoadedRecipe, member: Member, folder: Path) -> None:
+    """Refuse to take a client out of a sum that the server keeps over all of them."""
+    if isinstance(loaded.recipe.method, ScaffoldOptions):
+        again = ["pfl-lm", "remove", str(folder), "--id", member.client, "--replay"]
+        raise PflError(
+            "--id: scaffold's server keeps the sum of all clients' control variates, and that of "
+            f"{member.client!r} cannot be taken out of it",
+            hint=f"have every round run again without it: {shlex.join(again)}",
+        )
 
 
 def _dataset(loaded: LoadedRecipe, rows: Mapping[str, ClientRows]) -> FederatedDataset:

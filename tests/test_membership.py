@@ -114,6 +114,23 @@ def test_who_joins_a_run_in_progress_waits_for_the_next_round(tmp_path: Path) ->
     assert {row[1] for row in facts["scores"] if row[0] == 2} == {"alice", "bob", "carol", "dora"}
 
 
+def test_scaffolds_corrections_stay_the_mean_of_the_clients_when_one_joins(tmp_path: Path) -> None:
+    """Dora's first turn is not heard of, and c is of four then, where it was of three."""
+    folder = run(tmp_path / "a", **{"method.name": "scaffold", "training.learning_rate": 0.5})
+    join(folder, "dora", rows_of(tmp_path))
+    go_on(folder)
+    first = load_file(folder / "clients" / "dora" / "state-2.safetensors")
+    assert not first["control"].any()
+    assert first["weights"].any()
+    go_on(folder, rounds=3)
+    names = ("alice", "bob", "carol", "dora")
+    states = [load_file(folder / "clients" / name / "state-3.safetensors") for name in names]
+    mean = torch.stack([state["control"].double() for state in states]).mean(dim=0)
+    control = load_file(folder / "server" / "state-3.safetensors")["control"]
+    assert float(mean.norm()) > 1e-3
+    torch.testing.assert_close(control.double(), mean, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("k", [1, 2, 4, 5, 6, 7, 8])
 def test_a_join_that_is_cut_short_is_gone_on_with(tmp_path: Path, k: int) -> None:
     expected, folder = run(tmp_path / "a"), run(tmp_path / "b")
@@ -293,3 +310,22 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
         remove(folder, "bob")
     assert files_in(outside) == before
     assert torch.is_tensor(load_file(outside / "state-2.safetensors")["weights"])
+
+
+def test_a_client_is_not_taken_out_of_scaffolds_sum(tmp_path: Path) -> None:
+    folder = run(tmp_path, **{"method.name": "scaffold", "federation.rounds": 1})
+    before = files_in(folder)
+    with pytest.raises(PflError) as caught:
+        remove(folder, "bob")
+    assert str(caught.value) == (
+        "--id: scaffold's server keeps the sum of all clients' control variates, and that of 'bob' "
+        "cannot be taken out of it\n  hint: have every round run again without it: "
+        f"pfl-lm remove {folder} --id bob --replay"
+    )
+    after = files_in(folder)
+    for name in (name for name in before if name.endswith((".safetensors", ".json", ".csv"))):
+        assert after[name] == before[name]
+    remove(folder, "bob", replay=True)
+    go_on(folder)
+    facts = facts_in(folder)
+    assert {row[1] for row in facts["turns"]} == {"alice", "carol"}

@@ -94,7 +94,7 @@ class Orchestrator:
     def _welcome(self, round: int, server: ServerState) -> None:
         """Let clients who have joined take a turn that is theirs alone: nothing is averaged."""
         newcomers = self.ledger.newcomers(round)
-        sent = {client: self.method.broadcast(server, client) for client in newcomers}
+        sent = {c: replace(self.method.broadcast(server, c), counted=False) for c in newcomers}
         tasks = (self._task(round, "train", client, sent[client]) for client in newcomers)
         for update in self.fleet.run(tasks):
             if update.fault is not None:

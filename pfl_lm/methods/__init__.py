@@ -16,6 +16,7 @@ from pfl_lm.methods.fedavgm import FedAvgM
 from pfl_lm.methods.fedprox import FedProx
 from pfl_lm.methods.local import Local
 from pfl_lm.methods.pflalign import PFLAlign
+from pfl_lm.methods.scaffold import Scaffold
 
 METHODS: dict[str, type[Method]] = {
     "pflalign": PFLAlign,
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "fedprox": FedProx,
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
+    "scaffold": Scaffold,
     "local": Local,
 }
 

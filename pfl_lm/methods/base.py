@@ -70,10 +70,15 @@ class ClientState:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What one client gets to see of the server, and no more."""
+    """What one client gets to see of the server, and no more.
+
+    ``counted`` is False in a turn whose upload is not aggregated: the first of a client that has
+    joined a run.
+    """
 
     vectors: dict[str, Vector]
     scalars: dict[str, float] = field(default_factory=dict)
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

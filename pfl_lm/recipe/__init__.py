@@ -4,6 +4,7 @@ from pfl_lm.recipe.averaging import (
     FedAdamOptions,
     FedAvgMOptions,
     FedProxOptions,
+    ScaffoldOptions,
 )
 from pfl_lm.recipe.load import LoadedRecipe, load_recipe
 from pfl_lm.recipe.methods import (
@@ -40,6 +41,7 @@ __all__ = [
     "PFLAlignOptions",
     "Recipe",
     "RuntimeOptions",
+    "ScaffoldOptions",
     "TrainingOptions",
     "json_schema",
     "load_recipe",

@@ -77,3 +77,20 @@ class FedAdamOptions(Options):
         "ones by their sign.",
     )
     weighting: Weighting = "examples"
+
+
+class ScaffoldOptions(Options):
+    """SCAFFOLD: local steps corrected for the drift of each client, with plain SGD only.
+
+    Sai Praneeth Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated
+    Learning", arXiv 1910.06378. As in the paper all clients count alike.
+    """
+
+    name: Literal["scaffold"] = Field(
+        description="One shared adapter; each client's gradients are corrected for its drift."
+    )
+    server_learning_rate: float = Field(
+        default=1.0,
+        gt=0,
+        description="η_g of w_g ← w_g + η_g D, where D is the averaged change of a round.",
+    )

@@ -10,6 +10,7 @@ from pfl_lm.recipe.averaging import (
     FedAdamOptions,
     FedAvgMOptions,
     FedProxOptions,
+    ScaffoldOptions,
     Weighting,
 )
 from pfl_lm.recipe.options import Options, broken
@@ -153,6 +154,7 @@ MethodOptions = Annotated[
     | FedProxOptions
     | FedAvgMOptions
     | FedAdamOptions
+    | ScaffoldOptions
     | LocalOptions,
     Field(discriminator="name"),
 ]
@@ -163,5 +165,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "fedprox": FedProxOptions,
     "fedavgm": FedAvgMOptions,
     "fedadam": FedAdamOptions,
+    "scaffold": ScaffoldOptions,
     "local": LocalOptions,
 }

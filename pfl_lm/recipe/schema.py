@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pfl_lm.recipe.aggregation import AggregationOptions
+from pfl_lm.recipe.averaging import ScaffoldOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.sections import (
@@ -86,8 +87,9 @@ class Recipe(Options):
             isinstance(self.method, PFLAlignOptions)
             and self.method.precondition_target == "gradient"
         )
+        scaffold = isinstance(self.method, ScaffoldOptions)
         if self.training.optimizer is None:
-            chosen = {"optimizer": "sgd" if on_gradient else "adamw"}
+            chosen = {"optimizer": "sgd" if on_gradient or scaffold else "adamw"}
             training = self.training.model_copy(update=chosen)
             object.__setattr__(self, "training", training)  # frozen for everybody else
         elif self.training.optimizer == "adamw" and on_gradient:
@@ -95,6 +97,13 @@ class Recipe(Options):
                 "AdamW normalises a per-coordinate factor on the gradient away, so pflalign's "
                 "preconditioner would do nothing; set `method.precondition_target: update` or "
                 "`training.optimizer: sgd`",
+                "training",
+                "optimizer",
+            )
+        elif self.training.optimizer == "adamw" and scaffold:
+            raise broken(
+                "scaffold takes (w_g − w) / (T η) for a mean of gradients, which it is with plain "
+                "SGD only; write `sgd`, or leave it out",
                 "training",
                 "optimizer",
             )
@@ -122,6 +131,14 @@ class Recipe(Options):
             raise broken(
                 "`local` sends nothing to the server, so no rule has anything to work on; "
                 "leave `aggregation` out, or choose another method",
+                "aggregation",
+                "rule",
+            )
+        if isinstance(self.method, ScaffoldOptions) and self.aggregation.rule != "mean":
+            raise broken(
+                "scaffold's corrections hold only while the server's control variate is the plain "
+                f"mean of the clients', which `{self.aggregation.rule}` would not keep; leave "
+                "`aggregation` out, or choose another method",
                 "aggregation",
                 "rule",
             )

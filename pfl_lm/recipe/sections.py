@@ -291,7 +291,8 @@ class TrainingOptions(Options):
     )
     optimizer: Literal["sgd", "adamw"] | None = Field(
         default=None,
-        description="Not set: chosen by the method (sgd for pflalign on the gradient, else adamw).",
+        description="Not set: chosen by the method (sgd for pflalign on the gradient and for "
+        "scaffold, else adamw).",
     )
     per_device_eval_batch_size: int = Field(
         default=8, ge=1, description="Examples in one batch while scoring."

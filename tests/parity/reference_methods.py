@@ -101,3 +101,25 @@ def fedadam(
         v = beta_2 * v + (1 - beta_2) * delta**2
         shared = shared + eta_s * m / (torch.sqrt(v) + tau)
     return shared, ends
+
+
+def scaffold(
+    fed: Federation, eta_g: float, cohorts: list[list[str]], *, corrected: bool = True
+) -> tuple[Tensor, Held, Tensor, Held]:
+    """Karimireddy et al. 2020, Algorithm 1, option II; also returns c and every c_i."""
+    x, y = fed.start.double(), {}
+    c, zero = torch.zeros_like(x), torch.zeros_like(x)
+    c_of = dict.fromkeys(fed.clients, zero)
+    for round, cohort in enumerate(cohorts, 1):
+        delta_y, delta_c = [], []
+        for i in cohort:
+            gradients = fed.gradients(i, round)
+            correction = c - c_of[i] if corrected else zero
+            y[i] = descend(x, gradients, fed.eta, lambda w, shift=correction: shift)
+            c_plus = c_of[i] - c + (x - y[i]) / (len(gradients) * fed.eta)
+            delta_y.append(y[i] - x)
+            delta_c.append(c_plus - c_of[i])
+            c_of[i] = c_plus
+        x = x + eta_g * torch.stack(delta_y).mean(0)
+        c = c + len(cohort) / len(fed.clients) * torch.stack(delta_c).mean(0)
+    return x, y, c, c_of

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.parity import reference_methods as reference
@@ -111,3 +114,62 @@ def test_fedadam_is_its_paper(tmp_path: Path, start: Tensor, federation: Federat
     for client in CLIENTS:
         local = state(folder, client)["weights"]
         check(local, ends[client], start, plain_ends[client], atol=2e-6)
+
+
+# --- scaffold -----------------------------------------------------------------------------------
+
+
+def cohorts(folder: Path) -> list[list[str]]:
+    """Return who took part, round by round."""
+    with closing(sqlite3.connect(folder / "federation.sqlite")) as ledger:
+        rows = ledger.execute("SELECT round, client FROM turns ORDER BY round, client").fetchall()
+    return [[client for n, client in rows if n == round] for round in range(1, ROUNDS + 1)]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.67], ids=["all", "two of three"])
+def test_scaffold_is_its_paper(
+    tmp_path: Path, start: Tensor, federation: Federation, share: float
+) -> None:
+    """Although neither Δy nor Δc is sent, and alice has more rows than the others."""
+    method = {"method.name": "scaffold", "method.server_learning_rate": 0.8}
+    some = {"training.learning_rate": RATE, "federation.fraction_train": share}
+    folder = run(tmp_path, rows=UNEVEN, **method, **some)
+    who = cohorts(folder)
+    assert {len(cohort) for cohort in who} == {3 if share == 1 else 2}
+
+    x, y, c, c_of = reference.scaffold(federation, 0.8, who)
+    without, plain, *_ = reference.scaffold(federation, 0.8, who, corrected=False)
+
+    check(global_weights(folder), x, start, without)
+    server = load_file(folder / "server" / f"state-{ROUNDS}.safetensors")
+    torch.testing.assert_close(server["control"].double(), c, rtol=1e-4, atol=1e-6)
+    last = {client: n for n, cohort in enumerate(who, 1) for client in cohort}
+    for client, n in last.items():
+        kept = state(folder, client, n)
+        torch.testing.assert_close(kept["control"].double(), c_of[client], rtol=1e-4, atol=1e-6)
+        if n > 1:  # in the first round there is nothing to correct
+            check(kept["weights"], y[client], start, plain[client])
+
+
+def test_the_first_round_of_scaffold_is_fedavgs(tmp_path: Path) -> None:
+    """c and every c_i are zero then; clients count alike."""
+    one_round = {"federation.rounds": 1, "training.learning_rate": RATE}
+    scaffold = run(tmp_path / "a", rows=UNEVEN, **one_round, **{"method.name": "scaffold"})
+    alike = {"method.name": "fedavg", "method.weighting": "uniform"}
+    fedavg = run(tmp_path / "b", rows=UNEVEN, **one_round, **alike)
+    one, other = (
+        load_file(folder / "server" / "state-1.safetensors")["global_weights"]
+        for folder in (scaffold, fedavg)
+    )
+    assert torch.equal(one, other)
+
+
+def test_scaffold_with_one_client_is_a_plain_loop(tmp_path: Path, start: Tensor) -> None:
+    """c is c_i then, so nothing is corrected."""
+    changes = {"method.name": "scaffold", "training.learning_rate": 0.02}
+    folder = run(tmp_path, ("alice",), **changes)
+    plain = PlainClient(tiny_model(), start)
+    base = torch.optim.SGD(plain.parameters, lr=0.02)
+    for round in range(1, ROUNDS + 1):
+        plain.fit(batches(tmp_path, "alice", round), base)
+    torch.testing.assert_close(global_weights(folder), plain.w, rtol=1e-6, atol=1e-8)

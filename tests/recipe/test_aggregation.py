@@ -96,6 +96,12 @@ def test_rules_and_their_options(
             "anything to work on; leave `aggregation` out, or choose another method",
         ),
         (
+            ["method.name=scaffold", "aggregation.rule=median"],
+            "override aggregation.rule=median: scaffold's corrections hold only while the server's "
+            "control variate is the plain mean of the clients', which `median` would not keep; "
+            "leave `aggregation` out, or choose another method",
+        ),
+        (
             ["aggregation.trim=0.2"],
             "override aggregation.trim=0.2: unknown key. Did you mean `aggregation.trim_fraction`?",
         ),

@@ -145,8 +145,8 @@ METHODS = [
     ),
     (
         "{name: fedavg, server_learning_rate: 1}",
-        "method.server_learning_rate: `server_learning_rate` is an option of fedavgm and fedadam, "
-        "not of fedavg",
+        "method.server_learning_rate: `server_learning_rate` is an option of fedavgm, fedadam and "
+        "scaffold, not of fedavg",
     ),
     ("{name: fedadam, tau: 0}", "method.tau: must be a number greater than 0, got 0"),
     ("{name: fedadam, beta1: 0.9}", "method.beta1: unknown key. Did you mean `method.beta_1`?"),
@@ -154,6 +154,11 @@ METHODS = [
         "{name: fedadam, server_momentum: 0.9}",
         "method.server_momentum: `server_momentum` is an option of fedavgm, not of fedadam",
     ),
+    (
+        "{name: scaffold, weighting: examples}",
+        f"method.weighting: `weighting` is an option of {AVERAGING}, not of scaffold",
+    ),
+    ("{name: scafold}", f"method.name: must be one of {NAMES}, got 'scafold'. Did you mean `scaff"),
     ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     (
@@ -290,6 +295,15 @@ RULES = [
         ["method.name=fedavg", "training.learning_rate=auto"],
         "auto is for pflalign's preconditioned gradient (`precondition_target: gradient`, "
         "`update_scale: none`); here give a number, for AdamW for example 0.002",
+    ),
+    (
+        ["method.name=scaffold", "training.optimizer=adamw"],
+        "override training.optimizer=adamw: scaffold takes (w_g − w) / (T η) for a mean of "
+        "gradients, which it is with plain SGD only; write `sgd`, or leave it out",
+    ),
+    (
+        ["method.name=scaffold", "training.learning_rate=auto"],
+        "auto is for pflalign's preconditioned gradient",
     ),
     (
         ["federation.clients_per_round=2", "federation.fraction_train=1.0"],
