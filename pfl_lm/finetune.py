@@ -34,6 +34,7 @@ from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.federation.workload import workload
+from pfl_lm.files import sha256_of
 from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
@@ -145,8 +146,8 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
     """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
     if not recipe.training.rate_is_auto:
         return _rounds(recipe, fixed, ledger)
-    known = ledger.about().get("learning_rate")
-    rate = first_rate(recipe, _side(recipe, fixed)) if known is None else float(known)
+    known = ledger.number("learning_rate")
+    rate = first_rate(recipe, _side(recipe, fixed)) if known is None else known
     if known is None:
         ledger.note("learning_rate", repr(rate))
     for _ in range(MOST_HALVINGS):
@@ -209,6 +210,7 @@ def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
         "name": recipe.name,
         "method": recipe.method.name,
         "backbone": fixed.backbone.fingerprint,
+        **({"trace": sha256_of(Path(trace))} if (trace := recipe.federation.availability) else {}),
         "device": str(fixed.accelerator.device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

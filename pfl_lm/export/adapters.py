@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import pfl_lm
+from pfl_lm.errors import ExportError
 from pfl_lm.evaluate import Choice
 from pfl_lm.export.card import client_card, global_card
 from pfl_lm.export.card_sections import ClientFacts, RunFacts
@@ -78,6 +79,8 @@ def export_adapters(
         candidates = side.candidates(
             client, side.method.broadcast(server, client), ledger.state_file(client)
         )
+        if choice.candidate not in candidates:
+            raise ExportError(f"{folder}: {client!r} was given {choice.candidate!r}, no model here")
         place = folder / "adapters" / slug
         sha256 = export_adapter(side.adapter, candidates[choice.candidate], backbone, place)
         result = ClientResult(client, slug, choice, scores[client], sha256)

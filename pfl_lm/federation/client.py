@@ -15,7 +15,12 @@ from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
-from pfl_lm.federation.faults import attempted, in_smaller_batches, refuse_not_finite
+from pfl_lm.federation.faults import (
+    attempted,
+    in_smaller_batches,
+    refuse_not_finite,
+    refuse_other_kind,
+)
 from pfl_lm.federation.history import StateFile
 from pfl_lm.federation.messages import Assignment, Score, Update
 from pfl_lm.federation.store import Store
@@ -53,10 +58,13 @@ class ClientSide:
 
     def state(self, client: str, file: StateFile | None) -> ClientState:
         """Return the state a client's last turn was committed with, or the one it begins with."""
-        if file is not None:
-            return self.store.load_client(file)
         info = ClientInfo(client, self.dataset.n_train(client), self.adapter.layout)
-        return self.method.init_client(info, self.start)
+        first = self.method.init_client(info, self.start)
+        if file is None:
+            return first
+        state = self.store.load_client(file)
+        refuse_other_kind(f"{client}'s state, {file.path}", state, first)
+        return state
 
     def candidates(self, client: str, sent: Broadcast, file: StateFile | None) -> dict[str, Vector]:
         """Return every model that could be this client's, the method's own first, base last."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pfl_lm.errors import PflError, listed
 from pfl_lm.federation.cohort import Cohorts
-from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
+from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, refuse_other_kind, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.history import MOST_TRIES
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
@@ -57,6 +57,7 @@ class Orchestrator:
             self._commit(0, server)
         else:
             server = self.store.load_server(self.ledger.server_file(last))
+            refuse_other_kind(f"the server's state after round {last}", server, start)
         self._welcome(last, server)
         self._score(last, server)
 
