@@ -14,7 +14,12 @@ from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError, RecipeError
 from pfl_lm.model.package import gguf_path
-from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker, refuse_occupied
+from pfl_lm.recipe.checks import (
+    refuse_no_model,
+    refuse_no_opacus,
+    refuse_no_tracker,
+    refuse_occupied,
+)
 from pfl_lm.recipe.draft import read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions
@@ -43,7 +48,8 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     """
     recipe = loaded.recipe
     folder = loaded.run_folder if to_run else None
-    clients, faults = _check(Parts(recipe.backbone, recipe.data, folder, recipe.runtime))
+    parts = Parts(recipe.backbone, recipe.data, folder, recipe.runtime, recipe.privacy)
+    clients, faults = _check(parts)
     if faults or clients is None:
         raise _one(faults)
     return clients
@@ -73,6 +79,7 @@ def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     _try(_find_backbone, parts.backbone, faults)
     _try(refuse_occupied, parts.run_folder, faults)
     _try(refuse_no_tracker, parts.runtime, faults)
+    _try(refuse_no_opacus, parts.privacy, faults)
     return clients, faults
 
 

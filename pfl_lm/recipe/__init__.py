@@ -7,6 +7,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
+from pfl_lm.recipe.privacy import PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
     BackboneOptions,
@@ -28,7 +29,9 @@ __all__ = [
     "LocalOptions",
     "MethodOptions",
     "PFLAlignOptions",
+    "PrivacyOptions",
     "Recipe",
+    "RecordLevelOptions",
     "RuntimeOptions",
     "TrainingOptions",
     "json_schema",

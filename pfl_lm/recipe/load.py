@@ -14,6 +14,7 @@ from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.places import place_backbone, place_data, place_runtime
+from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.schema import Recipe
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions, RunName, RuntimeOptions
 from pfl_lm.recipe.write import write_yaml
@@ -47,6 +48,7 @@ class Parts:
     data: DataOptions | None
     run_folder: Path | None
     runtime: RuntimeOptions | None
+    privacy: PrivacyOptions | None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -86,11 +88,13 @@ def valid_parts(draft: Draft) -> Parts:
     backbone = _part(BackboneOptions, "backbone", place_backbone, draft)
     data = _part(DataOptions, "data", place_data, draft)
     runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
+    privacy = _part(PrivacyOptions, "privacy", lambda options, draft: options, draft)
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, data, None, runtime)
-    return Parts(backbone, data, Path(runtime.output_dir) / name if runtime else None, runtime)
+        return Parts(backbone, data, None, runtime, privacy)
+    folder = Path(runtime.output_dir) / name if runtime else None
+    return Parts(backbone, data, folder, runtime, privacy)
 
 
 def _part(

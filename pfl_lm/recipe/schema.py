@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pfl_lm.recipe.methods import MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
@@ -23,6 +24,7 @@ __all__ = [
     "BackboneOptions",
     "DataOptions",
     "FederationOptions",
+    "PrivacyOptions",
     "Recipe",
     "RuntimeOptions",
     "TrainingOptions",
@@ -66,6 +68,11 @@ class Recipe(Options):
         description="How the clients' adapters are personalized and averaged.",
         examples=[{"name": "pflalign"}],
     )
+    privacy: PrivacyOptions = Field(
+        default_factory=PrivacyOptions,
+        description="Differential privacy: nothing unless asked for.",
+        examples=[{"record_level": "{noise_multiplier: 1.0, max_grad_norm: 1.0, delta: 1e-5}"}],
+    )
     runtime: RuntimeOptions = Field(
         default_factory=RuntimeOptions,
         description="Where the run is written and what it may use.",
@@ -106,6 +113,28 @@ class Recipe(Options):
                 "`update_scale: none`); here give a number, for AdamW for example 0.002",
                 "training",
                 "learning_rate",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_what_is_sent(self) -> Self:
+        lever = self.privacy.first_asked
+        if lever is None:
+            return self
+        if self.training.rate_is_auto:
+            raise broken(
+                f"auto looks at clients' gradients and losses, which `privacy.{lever}` does not "
+                "cover; give a number",
+                "training",
+                "learning_rate",
+            )
+        weighting = getattr(self.method, "weighting", "uniform")
+        if self.privacy.record_level is not None and weighting == "tokens":
+            raise broken(
+                "tokens would tell how long a client's rows are, which `privacy.record_level` does "
+                "not cover; use `examples` or `uniform`",
+                "method",
+                "weighting",
             )
         return self
 
