@@ -26,6 +26,7 @@ from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.noise import noise_seed
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
@@ -155,6 +156,8 @@ def _rounds(
     orchestrator = Orchestrator(
         recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
     )
+    if recipe.privacy.first_asked:
+        orchestrator = replace(orchestrator, secret=noise_seed(ledger))
     return side, orchestrator.run(server)
 
 
@@ -170,6 +173,7 @@ def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
         pad_token_id=fixed.backbone.pad_token_id,
         store=fixed.store,
         watch=fixed.watch,
+        record_level=recipe.privacy.record_level,
     )
 
 

@@ -172,6 +172,12 @@ class Ledger:
         """Commit one more fact about the run, or its new value."""
         self._commit(("INSERT OR REPLACE INTO run VALUES (?, ?)", [(key, value)]))
 
+    def noted(self, key: str) -> str | None:
+        """Return a fact about the run; None if it was never noted."""
+        query = "SELECT value FROM run WHERE key = ?"
+        found = self._connection.execute(query, (key,)).fetchone()
+        return None if found is None else str(found[0])
+
     def choices(self) -> dict[str, Choice]:
         """Return every client's choice, in id order."""
         rows = self._connection.execute(

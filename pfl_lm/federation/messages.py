@@ -35,6 +35,7 @@ class Assignment:
         steps: T, the optimizer steps of a ``train`` task.
         seed: fixes the turn's batches and dropout.
         check_loss: also say what the turn's batches' loss was at its start and at its end.
+        noise_seed: of a ``train`` task, what its noise comes from; None if there is none.
     """
 
     run: str
@@ -46,6 +47,7 @@ class Assignment:
     steps: int
     seed: int
     check_loss: bool = False
+    noise_seed: int | None = field(default=None, repr=False)  # a secret
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from pfl_lm.federation.cohort import cohort
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
 from pfl_lm.federation.messages import Assignment, Kind, Score, Update
+from pfl_lm.federation.noise import client_noise
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.methods import Method, ServerState, Upload
@@ -28,6 +29,7 @@ class Orchestrator:
 
     ``steps`` are the optimizer steps of each client's turn; its keys are the clients. With
     ``check_first_round`` a client whose own batches' loss rises over round 1 ends the run.
+    ``secret`` is what all noise comes from; None if there is none.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Orchestrator:
     ledger: Ledger
     watch: Watch
     check_first_round: bool = False
+    secret: int | None = field(default=None, repr=False)
 
     def run(self, server: ServerState) -> ServerState:
         """Run every round from the server's first state; return its last.
@@ -90,6 +93,7 @@ class Orchestrator:
         self.watch.round(_report(round, own, turns, time.perf_counter() - began))
 
     def _task(self, round: int, server: ServerState, client: str, kind: Kind) -> Assignment:
+        secret = self.secret if kind == "train" else None
         return Assignment(
             run=self.recipe.name,
             round=round,
@@ -100,6 +104,7 @@ class Orchestrator:
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
             check_loss=self.check_first_round and round == 1 and kind == "train",
+            noise_seed=None if secret is None else client_noise(secret, client, round),
         )
 
 
@@ -120,7 +125,8 @@ def _report(
     round: int, own: Mapping[str, Score], turns: Mapping[str, Update], scoring_seconds: float
 ) -> RoundReport:
     worst = max(own, key=lambda client: own[client].nll)
-    losses = [update.summary["loss_last"] for update in turns.values()]
+    summaries = (update.summary for update in turns.values())  # private turns tell no losses
+    losses = [summary["loss_last"] for summary in summaries if "loss_last" in summary]
     return RoundReport(
         round=round,
         cohort=len(turns),

@@ -1,0 +1,100 @@
+"""Whole runs with the record-level lever: that they end well, and what they do not tell."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfl_lm.federation.messages import Update
+from pfl_lm.federation.watch import RoundReport, Watch
+from pfl_lm.finetune import RunResult, finetune
+from pfl_lm.recipe import load_recipe
+from tests.tiny import tiny_recipe
+
+RECORD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3}
+
+
+class Listener(Watch):
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+        self.reports: list[RoundReport] = []
+
+    def turn(self, update: Update) -> None:
+        self.updates.append(update)
+
+    def round(self, report: RoundReport) -> None:
+        self.reports.append(report)
+
+
+def run(folder: Path, watch: Watch | None = None, **changes: Any) -> RunResult:
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = tiny_recipe(folder, **{"privacy.record_level": RECORD, **changes})
+    return finetune(load_recipe(recipe), watch)
+
+
+def turns(result: RunResult) -> list[tuple[str, int, dict[str, float]]]:
+    with closing(sqlite3.connect(result.folder / "federation.sqlite")) as ledger:
+        rows = ledger.execute("SELECT client, round, summary FROM turns ORDER BY 1, 2").fetchall()
+    return [(client, round, json.loads(summary)) for client, round, summary in rows]
+
+
+def secret_of(result: RunResult) -> str:
+    with closing(sqlite3.connect(result.folder / "federation.sqlite")) as ledger:
+        [[found]] = ledger.execute("SELECT value FROM run WHERE key = 'noise_seed'").fetchall()
+    return str(found)
+
+
+@pytest.mark.parametrize("method", ["pflalign", "fedavg", "local"])
+def test_a_run_ends_well_and_its_ledger_knows_what_was_spent(tmp_path: Path, method: str) -> None:
+    listener = Listener()
+    result = run(tmp_path, listener, **{"method.name": method})
+
+    assert [each.client for each in result.clients] == ["alice", "bob", "carol"]
+    assert (result.folder / "adapters" / "alice" / "adapter_model.safetensors").is_file()
+    spent = turns(result)
+    assert len(spent) == 6
+    for client, _, summary in spent:
+        n_train = next(c for c in result.clients if c.client == client)
+        assert n_train
+        assert summary["dp_steps"] == 2
+        assert summary["dp_noise_multiplier"] == 1.0
+        assert summary["dp_sample_rate"] == pytest.approx(2 / 5)  # of 6 train rows 1 is held out
+        assert not [key for key in summary if key.startswith("loss")]
+    assert [report.train_loss for report in listener.reports] == [None, None, None]
+
+
+def test_the_secret_is_in_the_ledger_and_nowhere_else(tmp_path: Path) -> None:
+    listener = Listener()
+    result = run(tmp_path, listener, **{"runtime.tracking": "tensorboard"})
+    secret = secret_of(result).encode()
+    assert len(secret) > 25
+    holding = [
+        path.name
+        for path in result.folder.rglob("*")
+        if path.is_file() and secret in path.read_bytes()
+    ]
+    assert holding == ["federation.sqlite"]
+    assert secret.decode() not in repr(listener.updates)
+
+
+def test_two_runs_of_one_recipe_have_other_noise(tmp_path: Path) -> None:
+    """The recipe's seed is public; noise that followed from it would be no secret."""
+    one, other = (run(tmp_path / name) for name in "ab")
+    assert secret_of(one) != secret_of(other)
+    hashes = [[client.sha256 for client in result.clients] for result in (one, other)]
+    assert hashes[0] != hashes[1]
+
+
+def test_one_secret_gives_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pfl_lm.federation.noise.secrets.randbits", lambda bits: 41)
+    one, other = (run(tmp_path / name) for name in "ab")
+    assert [c.sha256 for c in one.clients] == [c.sha256 for c in other.clients]
+    metrics = [(r.folder / "metrics.csv").read_text() for r in (one, other)]
+    assert metrics[0] == metrics[1]
+    assert len(list(csv.reader(metrics[0].splitlines()))) > 10
