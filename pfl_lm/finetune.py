@@ -81,6 +81,7 @@ def finetune(
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
+    _note_idle_rule(dataset, recipe, watch)
 
     names = slugs(dataset.client_ids)
     store = Store(loaded.run_folder, names, accelerator.device)
@@ -163,7 +164,8 @@ def _rounds(
 
 def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
     """Build what carries out tasks on this rank."""
-    setup = Setup(fixed.adapter.layout, len(fixed.dataset), recipe.seed, recipe.training)
+    layout, n_clients = fixed.adapter.layout, len(fixed.dataset)
+    setup = Setup(layout, n_clients, recipe.seed, recipe.training, recipe.aggregation)
     return ClientSide(
         method=METHODS[recipe.method.name](recipe.method, setup),
         adapter=fixed.adapter,
@@ -229,3 +231,9 @@ def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> N
             f"{cut} of {rows} train and validation rows are cut at data.max_length "
             f"{recipe.data.max_length}, {dropped} more are dropped: nothing of the answer was left"
         )
+
+
+def _note_idle_rule(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:
+    in_round = cohort(dataset.client_ids, recipe.federation.fraction_train, seed=0, round=1)
+    if told := recipe.aggregation.bears_none(len(in_round)):
+        watch.note(told)

@@ -52,6 +52,8 @@ def plan(recipe: Path, overrides: list[str]) -> None:
     say(f"data.max_length {loaded.recipe.data.max_length}. steps: optimizer steps of one round\n")
     for name, value in _facts(the_plan):
         say(f"{name:<10} {value}")
+    if told := loaded.recipe.aggregation.bears_none(the_plan.in_round):
+        say(f"\n{told}")
     say(f"\nwould write, under {loaded.run_folder}:")
     for path in the_plan.disk.files[:MOST_FILES]:
         say(f"  {path}")

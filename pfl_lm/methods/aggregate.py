@@ -2,13 +2,17 @@
 
 Sums are taken in float64, in the order given (client-id order by contract), and rounded to fp32
 once. Equal vectors therefore average to themselves, bit for bit, whatever the weights.
+
+What is averaged comes one vector at a time and is not kept: uploads may be read from disk as they
+are asked for. At most two of them are in memory, the one at hand and the one being read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -19,6 +23,24 @@ if TYPE_CHECKING:
     from pfl_lm.methods.base import LocalRun, Upload
 
 Weighting = Literal["examples", "tokens", "uniform"]
+Weighted = tuple[Vector, float]
+"""A ``(d,)`` vector and what it weighs."""
+
+
+class WeightedVectors(Protocol):
+    """Vectors with their weights, so many, to be gone through as often as needed: a list is one."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __iter__(self) -> Iterator[Weighted]:
+        """Begin anew."""
+        ...
+
+
+MOST_TOLD = 5
+"""How many uploads an error describes one by one."""
 
 
 def upload_weight(weighting: Weighting, run: LocalRun) -> float:
@@ -32,32 +54,86 @@ def upload_weight(weighting: Weighting, run: LocalRun) -> float:
             return 1
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One vector of every upload, with its weight. Each pass over it reads the uploads anew."""
+
+    uploads: Sequence[Upload]
+    name: str
+
+    def __len__(self) -> int:
+        """Return how many uploads there are."""
+        return len(self.uploads)
+
+    def __iter__(self) -> Iterator[Weighted]:
+        """Yield one upload's vector and weight after the other."""
+        for upload in self.uploads:
+            yield upload.vectors[self.name], upload.weight
+
+
 def mean_upload(uploads: Sequence[Upload], name: str) -> Vector:
     """Return the weighted mean of one vector of every upload.
 
     Raises:
         AggregationError: as `weighted_mean`.
     """
-    vectors = [upload.vectors[name] for upload in uploads]
-    return weighted_mean(vectors, [upload.weight for upload in uploads])
+    return weighted_mean(Sent(uploads, name))
 
 
-def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector:
-    """Return Σ n_k w_k / Σ n_k over ``(d,)`` vectors, in fp32.
+def weighted_mean(weighted: Iterable[Weighted]) -> Vector:
+    """Return Σ n_k w_k / Σ n_k over ``(d,)`` vectors, in fp32, in one pass.
 
     Raises:
-        AggregationError: there are no vectors, their lengths differ, a weight is negative or not
-            finite, or all weights are zero.
+        AggregationError: as `checked`.
     """
-    if not vectors or len(vectors) != len(weights):
-        raise AggregationError(f"cannot average {len(vectors)} vectors with {len(weights)} weights")
-    if len({vector.shape for vector in vectors}) != 1:
+    total, weights = torch.zeros(0), list[float]()
+    for vector, weight in checked(weighted):
+        if not weights:
+            total = torch.zeros_like(vector, dtype=torch.float64)
+        total.add_(vector.to(torch.float64), alpha=weight)
+        weights.append(weight)
+    return total.div_(math.fsum(weights)).to(torch.float32)
+
+
+def checked(weighted: Iterable[Weighted], like: Vector | None = None) -> Iterator[Weighted]:
+    """Yield the vectors and weights that come, and refuse them after the last.
+
+    A vector of another shape than the first, or than ``like``, is kept back: what is done with
+    those that come cannot fail over it.
+
+    Raises:
+        AggregationError: there are none, their lengths differ, a weight is negative or not finite,
+            all weights are zero, or a number of a vector is not finite.
+    """
+    shapes: list[tuple[int, ...]] = []
+    weights: list[float] = []
+    broken: list[str] = []
+    for vector, weight in weighted:
+        shapes.append(tuple(vector.shape))
+        weights.append(weight)
+        if not torch.isfinite(vector).all():
+            broken.append(_not_finite(len(shapes), vector))
+        if shapes[-1] == (shapes[0] if like is None else tuple(like.shape)):
+            yield vector, weight
+    if not shapes:
+        raise AggregationError("cannot average 0 vectors with 0 weights")
+    if len(set(shapes)) != 1:
+        raise AggregationError(f"cannot average vectors of different shapes: {shapes}")
+    if like is not None and shapes[0] != tuple(like.shape):
         raise AggregationError(
-            f"cannot average vectors of different shapes: {[tuple(v.shape) for v in vectors]}"
+            f"cannot average vectors of shape {shapes[0]} from weights of shape {tuple(like.shape)}"
         )
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise AggregationError(f"weights must be finite, >= 0 and not all zero: {list(weights)}")
-    total = torch.zeros_like(vectors[0], dtype=torch.float64)
-    for vector, weight in zip(vectors, weights, strict=True):
-        total.add_(vector.to(torch.float64), alpha=weight)
-    return total.div_(math.fsum(weights)).to(torch.float32)
+        raise AggregationError(f"weights must be finite, >= 0 and not all zero: {weights}")
+    if broken:
+        more = [f"and {len(broken) - MOST_TOLD} more"] if len(broken) > MOST_TOLD else []
+        told = "; ".join([*broken[:MOST_TOLD], *more])
+        raise AggregationError(f"uploads, here in the order of client ids, must be finite: {told}")
+
+
+def _not_finite(position: int, vector: Vector) -> str:
+    numbers = vector.reshape(-1)
+    bad = torch.nonzero(~torch.isfinite(numbers)).reshape(-1)
+    first = int(bad[0])
+    said = f"the first is {float(numbers[first])} at {first}"
+    return f"{len(bad)} of {len(numbers)} numbers of upload {position} are not, {said}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pfl_lm.layout import AdapterLayout, Factor, Vector
+from pfl_lm.recipe import AggregationOptions
 
 if TYPE_CHECKING:
     import lightning as L
@@ -26,12 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every method is told of the run: the server's layout and the recipe's training."""
+    """What every method is told of the run: the server's layout, and the recipe beside the method.
+
+    ``aggregation`` is for `combine`; a method that averages hands it on.
+    """
 
     layout: AdapterLayout
     n_clients: int
     seed: int
     training: TrainingOptions
+    aggregation: AggregationOptions = field(default_factory=AggregationOptions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import mean_upload, upload_weight
+from pfl_lm.methods.aggregate import upload_weight
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -28,6 +28,7 @@ from pfl_lm.methods.base import (
     ServerState,
     Upload,
 )
+from pfl_lm.methods.combine import combine
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import FedAvgOptions
@@ -51,8 +52,10 @@ class FedAvg(Method):
         return Upload({"weights": weights}, weight=weight), ClientState({"weights": weights})
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
-        """Average what was uploaded."""
-        return ServerState({"global_weights": mean_upload(uploads, "weights")})
+        """Average what was uploaded, by the recipe's rule."""
+        before = server.vectors["global_weights"]
+        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        return ServerState({"global_weights": combined})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
         """Return the global weights, and the client's after its last local training."""

@@ -29,7 +29,7 @@ import torch
 
 from pfl_lm.align import AlignmentState, offset_after_round, realigned_start
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import mean_upload, upload_weight
+from pfl_lm.methods.aggregate import upload_weight
 from pfl_lm.methods.base import (
     Broadcast,
     ClientInfo,
@@ -39,6 +39,7 @@ from pfl_lm.methods.base import (
     ServerState,
     Upload,
 )
+from pfl_lm.methods.combine import combine
 from pfl_lm.train import AggregationRealignment, AlignmentTurn, GradientPreconditioner
 
 if TYPE_CHECKING:
@@ -88,8 +89,10 @@ class PFLAlign(Method):
         return Upload({"weights": weights}, weight=weight), ClientState(kept, {"turns": 1.0})
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
-        """Average what was uploaded, as FedAvg does."""
-        return ServerState({"global_weights": mean_upload(uploads, "weights")})
+        """Average what was uploaded, as FedAvg does, by the recipe's rule."""
+        before = server.vectors["global_weights"]
+        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        return ServerState({"global_weights": combined})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
         """Return the realigned start of the next round, the local and the global weights."""

@@ -91,7 +91,7 @@ def make_plan(
     process = process_bytes()  # before the rehearsal, which a run does not need
 
     layout = adapter.layout
-    setup = Setup(layout, len(dataset), recipe.seed, recipe.training)
+    setup = Setup(layout, len(dataset), recipe.seed, recipe.training, recipe.aggregation)
     traffic = count_traffic(METHODS[recipe.method.name](recipe.method, setup), layout)
     clients = tuple(_client(client, recipe) for client in dataset)
     steps = {client.id: client.steps for client in clients}

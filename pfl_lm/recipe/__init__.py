@@ -10,6 +10,7 @@ from pfl_lm.recipe.methods import (
 from pfl_lm.recipe.privacy import PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
+    AggregationOptions,
     BackboneOptions,
     DataOptions,
     FederationOptions,
@@ -21,6 +22,7 @@ from pfl_lm.recipe.schema import (
 
 __all__ = [
     "AdapterOptions",
+    "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
     "FedAvgOptions",

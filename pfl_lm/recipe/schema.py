@@ -6,7 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pfl_lm.recipe.methods import MethodOptions, PFLAlignOptions
+from pfl_lm.recipe.aggregation import AggregationOptions
+from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.sections import (
@@ -21,6 +22,7 @@ from pfl_lm.recipe.sections import (
 
 __all__ = [
     "AdapterOptions",
+    "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
     "FederationOptions",
@@ -68,6 +70,11 @@ class Recipe(Options):
         description="How the clients' adapters are personalized and averaged.",
         examples=[{"name": "pflalign"}],
     )
+    aggregation: AggregationOptions = Field(
+        default_factory=AggregationOptions,
+        description="What the server makes of the clients' uploads.",
+        examples=[{"rule": "median"}],
+    )
     privacy: PrivacyOptions = Field(
         default_factory=PrivacyOptions,
         description="Differential privacy: nothing unless asked for.",
@@ -113,6 +120,17 @@ class Recipe(Options):
                 "`update_scale: none`); here give a number, for AdamW for example 0.002",
                 "training",
                 "learning_rate",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_rule_has_something_to_average(self) -> Self:
+        if isinstance(self.method, LocalOptions) and self.aggregation.rule != "mean":
+            raise broken(
+                "`local` sends nothing to the server, so no rule has anything to work on; "
+                "leave `aggregation` out, or choose another method",
+                "aggregation",
+                "rule",
             )
         return self
 

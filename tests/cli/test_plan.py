@@ -128,3 +128,25 @@ def test_many_clients_and_files_are_cut_short(
 )
 def test_sizes_have_three_digits(n: int, said: str) -> None:
     assert size(n) == said
+
+
+def test_a_rule_of_aggregation_is_shown_and_told_if_it_leaves_nobody_out(tmp_path: Path) -> None:
+    recipe = str(tiny_recipe(tmp_path))
+    code, stdout, _ = run("plan", recipe, "aggregation.rule=trimmed_mean")
+    assert code == 0
+    assert "\n  aggregation:\n    rule: trimmed_mean\n" in stdout
+    assert "    trim_fraction: 0.1\n" in stdout
+    assert (
+        "\naggregation.rule: with 3 uploads a round, trimmed_mean cuts floor(0.1 * 3) = 0: it is "
+        "their unweighted mean\n"
+    ) in stdout
+    fraction = "aggregation.trim_fraction=0.4"
+    _, stdout, _ = run("plan", recipe, "aggregation.rule=trimmed_mean", fraction)
+    assert "aggregation.rule: with" not in stdout
+
+
+def test_local_refuses_a_rule(tmp_path: Path) -> None:
+    recipe = str(tiny_recipe(tmp_path))
+    code, _, stderr = run("validate", recipe, "method.name=local", "aggregation.rule=median")
+    assert code == 2
+    assert "`local` sends nothing to the server, so no rule has anything to work on" in stderr

@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pfl_lm.errors import AggregationError
-from pfl_lm.methods.aggregate import weighted_mean
+from pfl_lm.methods.aggregate import Weighted, weighted_mean
 
 
 def random_vectors(n: int, d: int = 500, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(-6, 3, d)
     return [scales * torch.randn(d, generator=generator) for _ in range(n)]
+
+
+def pairs(vectors: list[Tensor], weights: list[float]) -> list[Weighted]:
+    return list(zip(vectors, weights, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +33,7 @@ def test_it_is_numpys_average_in_float64_rounded_once(weights: list[float]) -> N
     stacked = np.stack([vector.double().numpy() for vector in vectors])
     wanted = torch.from_numpy(np.average(stacked, axis=0, weights=weights))
 
-    mean = weighted_mean(vectors, weights)
+    mean = weighted_mean(pairs(vectors, weights))
 
     assert mean.dtype == torch.float32
     scale = torch.stack(vectors).double().abs().amax(dim=0)
@@ -39,9 +43,9 @@ def test_it_is_numpys_average_in_float64_rounded_once(weights: list[float]) -> N
 
 def test_an_order_does_not_matter_to_1e_6() -> None:
     vectors, weights = random_vectors(4, seed=1), [6.0, 1.0, 2.5, 11.0]
-    wanted = weighted_mean(vectors, weights)
+    wanted = weighted_mean(pairs(vectors, weights))
     for order in itertools.permutations(range(4)):
-        mean = weighted_mean([vectors[i] for i in order], [weights[i] for i in order])
+        mean = weighted_mean([(vectors[i], weights[i]) for i in order])
         torch.testing.assert_close(mean, wanted, rtol=1e-6, atol=0)
 
 
@@ -53,16 +57,17 @@ def test_equal_vectors_average_to_themselves_bit_for_bit(
     weights: list[float], numbers: list[float]
 ) -> None:
     vector = torch.tensor(numbers, dtype=torch.float32)
-    assert torch.equal(weighted_mean([vector] * len(weights), weights), vector)
+    mean = weighted_mean([(vector, weight) for weight in weights])
+    assert torch.equal(mean, vector)
 
 
 def test_what_is_averaged_is_left_alone() -> None:
     vectors = random_vectors(3)
     before = [vector.clone() for vector in vectors]
-    mean = weighted_mean(vectors, [1, 2, 3])
+    mean = weighted_mean(pairs(vectors, [1, 2, 3]))
     mean.zero_()
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
-    single = weighted_mean(vectors[:1], [2.0])
+    single = weighted_mean(pairs(vectors[:1], [2.0]))
     single.zero_()
     assert torch.equal(vectors[0], before[0])
 
@@ -74,7 +79,6 @@ ONE, OTHER = torch.zeros(2), torch.zeros(3)
     ("vectors", "weights", "said"),
     [
         ([], [], "cannot average 0 vectors with 0 weights"),
-        ([ONE], [1.0, 2.0], "cannot average 1 vectors with 2 weights"),
         ([ONE, OTHER], [1.0, 1.0], "cannot average vectors of different shapes: [(2,), (3,)]"),
         ([ONE, ONE], [0.0, 0.0], "weights must be finite, >= 0 and not all zero: [0.0, 0.0]"),
         ([ONE, ONE], [2.0, -1.0], "weights must be finite, >= 0 and not all zero: [2.0, -1.0]"),
@@ -86,5 +90,5 @@ def test_what_cannot_be_averaged_is_refused(
     vectors: list[Tensor], weights: list[float], said: str
 ) -> None:
     with pytest.raises(AggregationError) as caught:
-        weighted_mean(vectors, weights)
+        weighted_mean(pairs(vectors, weights))
     assert caught.value.message == said
