@@ -38,6 +38,7 @@ from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
+from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.report.tracking import tracked
@@ -147,7 +148,8 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
 def _rounds(
     recipe: Recipe, fixed: _Fixed, ledger: Ledger, *, check_first_round: bool = False
 ) -> tuple[ClientSide, ServerState]:
-    side = _side(recipe, fixed)
+    secret = noise_seed(ledger) if recipe.privacy.first_asked else None
+    side = _side(recipe, fixed, secret)
     fleet: Fleet = SerialFleet(side)
     if fixed.accelerator.num_processes > 1:
         fleet = RankFleet(side, fixed.accelerator)
@@ -155,17 +157,29 @@ def _rounds(
     server = side.method.init_server(fixed.start)
     fixed.watch.begin(_workload(recipe, side, steps, server))
     orchestrator = Orchestrator(
-        recipe, steps, side.method, fleet, fixed.store, ledger, fixed.watch, check_first_round
+        recipe,
+        steps,
+        side.method,
+        fleet,
+        fixed.store,
+        ledger,
+        fixed.watch,
+        check_first_round,
+        secret,
     )
-    if recipe.privacy.first_asked:
-        orchestrator = replace(orchestrator, secret=noise_seed(ledger))
     return side, orchestrator.run(server)
 
 
-def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
-    """Build what carries out tasks on this rank."""
-    layout, n_clients = fixed.adapter.layout, len(fixed.dataset)
-    setup = Setup(layout, n_clients, recipe.seed, recipe.training, recipe.aggregation)
+def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSide:
+    """Build what carries out tasks on this rank; the one that averages needs the ``secret``."""
+    setup = Setup(
+        layout=fixed.adapter.layout,
+        n_clients=len(fixed.dataset),
+        seed=recipe.seed,
+        training=recipe.training,
+        aggregation=recipe.aggregation,
+        client_level=ClientLevel.of(recipe.privacy, secret),
+    )
     return ClientSide(
         method=METHODS[recipe.method.name](recipe.method, setup),
         adapter=fixed.adapter,

@@ -7,7 +7,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
-from pfl_lm.recipe.privacy import PrivacyOptions, RecordLevelOptions
+from pfl_lm.recipe.privacy import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
     AggregationOptions,
@@ -24,6 +24,7 @@ __all__ = [
     "AdapterOptions",
     "AggregationOptions",
     "BackboneOptions",
+    "ClientLevelOptions",
     "DataOptions",
     "FedAvgOptions",
     "FederationOptions",

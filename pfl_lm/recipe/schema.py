@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
-from pfl_lm.recipe.privacy import PrivacyOptions
+from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
@@ -136,24 +136,9 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _privacy_covers_what_is_sent(self) -> Self:
-        lever = self.privacy.first_asked
-        if lever is None:
-            return self
-        if self.training.rate_is_auto:
-            raise broken(
-                f"auto looks at clients' gradients and losses, which `privacy.{lever}` does not "
-                "cover; give a number",
-                "training",
-                "learning_rate",
-            )
-        weighting = getattr(self.method, "weighting", "uniform")
-        if self.privacy.record_level is not None and weighting == "tokens":
-            raise broken(
-                "tokens would tell how long a client's rows are, which `privacy.record_level` does "
-                "not cover; use `examples` or `uniform`",
-                "method",
-                "weighting",
-            )
+        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation)
+        if wrong is not None:
+            raise wrong
         return self
 
 

@@ -38,6 +38,7 @@ _SYNONYMS = {
     "federation.fraction_train": ("fraction", "client_fraction", "fraction_fit", "participation"),
     "method": ("algorithm", "strategy"),
     "privacy": ("dp", "differential_privacy"),
+    "privacy.client_level": ("user_level", "client_dp", "dp_fedavg"),
     "privacy.record_level": ("dp_sgd", "dpsgd", "example_level", "sample_level", "row_level"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
@@ -109,7 +110,8 @@ def nearest(word: object, among: Iterable[str], cutoff: float = 0.6) -> str | No
 def suggest_key(section: str, key: str, method: str | None = None) -> str | None:
     """Return the dotted key that ``key``, found in ``section``, probably means.
 
-    Tried in turn: a synonym, a similar key here, the same or a similar key anywhere.
+    Tried in turn: a synonym (of a key here, if it is one), a similar key here, the same or a
+    similar key anywhere.
     """
     options = section_class(section, method)
     here = {
@@ -119,7 +121,7 @@ def suggest_key(section: str, key: str, method: str | None = None) -> str | None
     if word in here:
         return here[word]
     if word in _MEANT:
-        return _MEANT[word]
+        return here.get(_MEANT[word].rpartition(".")[2], _MEANT[word])
     if similar := nearest(word, here):
         return here[similar]
     if similar := nearest(word, all_keys(), cutoff=0.75):

@@ -17,6 +17,7 @@ from pfl_lm.finetune import RunResult, finetune
 from pfl_lm.recipe import load_recipe
 from tests.tiny import tiny_recipe
 
+CLIENT = {"noise_multiplier": 1.0, "clip_norm": 0.5, "delta": 1e-2}
 RECORD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3}
 
 
@@ -67,6 +68,23 @@ def test_a_run_ends_well_and_its_ledger_knows_what_was_spent(tmp_path: Path, met
         assert summary["dp_sample_rate"] == pytest.approx(2 / 5)  # of 6 train rows 1 is held out
         assert not [key for key in summary if key.startswith("loss")]
     assert [report.train_loss for report in listener.reports] == [None, None, None]
+
+
+@pytest.mark.parametrize("method", ["pflalign", "fedavg"])
+def test_a_run_with_noise_on_the_mean_ends_well(tmp_path: Path, method: str) -> None:
+    """The shared adapter is noised; with the same noise, and both levers, the same run again."""
+    changes = {"method": {"name": method, "weighting": "uniform"}, "privacy.client_level": CLIENT}
+    plain = run(tmp_path / "plain", **{**changes, "privacy": {}})
+    noisy = run(tmp_path / "noisy", **{**changes, "privacy": {"client_level": CLIENT}})
+    both = run(tmp_path / "both", **changes)
+    shared = [
+        (result.folder / "global" / "adapter_model.safetensors").read_bytes()
+        for result in (plain, noisy, both)
+    ]
+    assert len(set(shared)) == 3
+    assert [len(turns(result)) for result in (plain, noisy, both)] == [6, 6, 6]
+    assert not [summary for _, _, summary in turns(noisy) if "dp_steps" in summary]
+    assert secret_of(noisy) != secret_of(both)
 
 
 def test_the_secret_is_in_the_ledger_and_nowhere_else(tmp_path: Path) -> None:

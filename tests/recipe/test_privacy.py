@@ -9,12 +9,14 @@ import pytest
 
 from pfl_lm.errors import PflError, RecipeError
 from pfl_lm.preflight import check_recipe, preflight
-from pfl_lm.recipe import RecordLevelOptions
+from pfl_lm.recipe import ClientLevelOptions, RecordLevelOptions
 from pfl_lm.recipe.reference import reference
 from pfl_lm.recipe.suggest import section_class
 from tests.recipe.minimal import MINIMAL, load, write
 
 RECORD = "privacy.record_level={noise_multiplier: 1.0, max_grad_norm: 0.5, delta: 1e-5}"
+CLIENT = "privacy.client_level={noise_multiplier: 1.0, clip_norm: 0.5, delta: 1e-5}"
+UNIFORM = "method.weighting=uniform"
 
 
 def test_there_is_none_unless_asked_for(tmp_path: Path) -> None:
@@ -30,6 +32,17 @@ def test_record_level(tmp_path: Path) -> None:
     assert loaded.recipe.privacy.first_asked == "record_level"
     again = load(tmp_path, text=loaded.resolved())
     assert again.recipe == loaded.recipe
+
+
+def test_client_level_and_both(tmp_path: Path) -> None:
+    loaded = load(tmp_path, CLIENT, UNIFORM)
+    options = ClientLevelOptions(noise_multiplier=1.0, clip_norm=0.5, delta=1e-5)
+    assert loaded.recipe.privacy.client_level == options
+    assert loaded.recipe.privacy.first_asked == "client_level"
+    both = load(tmp_path, CLIENT, RECORD, UNIFORM)
+    assert both.recipe.privacy.client_level == options
+    assert both.recipe.privacy.record_level is not None
+    assert load(tmp_path, text=both.resolved()).recipe == both.recipe
 
 
 @pytest.mark.parametrize(
@@ -49,8 +62,8 @@ def test_record_level(tmp_path: Path) -> None:
             "privacy.record_level.delta: must be a number greater than 0 and less than 1, got 1",
         ),
         (
-            [RECORD.replace("max_grad_norm", "clip")],
-            "privacy.record_level.clip: unknown key. Keys of `privacy.record_level`: "
+            [RECORD.replace("max_grad_norm", "bound")],
+            "privacy.record_level.bound: unknown key. Keys of `privacy.record_level`: "
             "noise_multiplier, max_grad_norm, delta",
         ),
         (
@@ -72,6 +85,35 @@ def test_record_level(tmp_path: Path) -> None:
             [RECORD, "method.weighting=tokens"],
             "override method.weighting=tokens: tokens would tell how long a client's rows are, "
             "which `privacy.record_level` does not cover; use `examples` or `uniform`",
+        ),
+        (
+            [CLIENT, UNIFORM, "training.learning_rate=auto"],
+            "override training.learning_rate=auto: auto looks at clients' gradients and losses, "
+            "which `privacy.client_level` does not cover; give a number",
+        ),
+        (
+            [CLIENT],
+            "method.weighting: `privacy.client_level` needs all clients to count alike, which by "
+            "`examples` they do not; write `weighting: uniform`",
+        ),
+        (
+            [CLIENT, UNIFORM, "aggregation.rule=median"],
+            "override aggregation.rule=median: `privacy.client_level` clips and averages in its "
+            "own way, so `median` cannot be used; use `mean`",
+        ),
+        (
+            [CLIENT, "method.name=local"],
+            f"override {CLIENT}: `local` sends nothing to the server, so there is nothing to "
+            "protect; leave it out",
+        ),
+        (
+            [CLIENT.replace("clip_norm", "clip"), UNIFORM],
+            "privacy.client_level.clip: unknown key. Did you mean "
+            "`privacy.client_level.clip_norm`?",
+        ),
+        (
+            [CLIENT.replace("0.5", "0"), UNIFORM],
+            "privacy.client_level.clip_norm: must be a number greater than 0, got 0",
         ),
     ],
 )
