@@ -40,6 +40,7 @@ from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, refuse_occupied
 from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
+from pfl_lm.recipe.privacy import loose_deltas
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.report.tracking import tracked
 from pfl_lm.seeds import derive_seed
@@ -82,6 +83,8 @@ def finetune(
     adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
     dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
+    for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
+        watch.note(told)
     _note_idle_rule(dataset, recipe, watch)
 
     names = slugs(dataset.client_ids)

@@ -114,12 +114,22 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"a round, {plan.in_round} of {len(plan.clients)} clients",
     )
     yield "work", f"{plan.steps:,} optimizer steps in all"
+    yield from _privacy(plan)
     yield from _memory(plan)
     yield (
         "disk",
         f"about {size(disk.at_end)} of tensors at the end, {size(disk.at_most)} at most, "
         f"in {len(disk.files)} files",
     )
+
+
+def _privacy(plan: Plan) -> Iterator[tuple[str, str]]:
+    from pfl_lm.privacy.spent import said
+
+    levers = (("rows", plan.spent.record_level), ("clients", plan.spent.client_level))
+    told = [f"{what}, {said(spent)}" for what, spent in levers if spent is not None]
+    if told:
+        yield "privacy", f"{'; '.join(told)}: the most of any client, after all rounds"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:

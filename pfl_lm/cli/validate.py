@@ -9,6 +9,7 @@ import typer
 
 from pfl_lm.cli.exits import plain
 from pfl_lm.preflight import Checked, check_recipe
+from pfl_lm.recipe.privacy import loose_deltas
 
 MOST_CLIENTS = 20
 """How many clients are listed; of the rest, only their number."""
@@ -42,4 +43,6 @@ def _report(checked: Checked) -> str:
     if len(clients) > MOST_CLIENTS:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")
+    n_train = {client: len(rows.train) for client, rows in clients.items()}
+    lines += [f"  note        {told}" for told in loose_deltas(recipe.privacy, n_train)]
     return "\n".join(lines)

@@ -185,6 +185,11 @@ class Ledger:
         )
         return {client: Choice(*choice) for client, *choice in rows}
 
+    def summaries(self) -> list[tuple[str, dict[str, float]]]:
+        """Return whose turn it was and its summary, for every turn in the order of rounds."""
+        query = "SELECT client, summary FROM turns ORDER BY round, client"
+        return [(client, json.loads(told)) for client, told in self._connection.execute(query)]
+
     def traffic(self) -> dict[str, tuple[int, int, int]]:
         """Return (turns, bytes down, bytes up) of every client that trained, in id order."""
         rows = self._connection.execute(

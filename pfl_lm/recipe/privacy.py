@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -85,6 +86,25 @@ class PrivacyOptions(Options):
     def first_asked(self) -> str | None:
         """The first lever that is set, by name; None if there is no privacy."""
         return next((name for name, lever in self if lever is not None), None)
+
+
+def loose_deltas(privacy: PrivacyOptions, n_train: Mapping[str, int]) -> list[str]:
+    """Return what to tell a person whose δ bounds nothing; ``n_train`` are each client's rows."""
+    client = max(n_train, key=lambda each: n_train[each])
+    record, level = privacy.record_level, privacy.client_level
+    told = []
+    if record is not None and record.delta * n_train[client] >= 1:
+        told.append(_loose("record_level", record.delta, n_train[client], f"rows of {client}"))
+    if level is not None and level.delta * len(n_train) >= 1:
+        told.append(_loose("client_level", level.delta, len(n_train), "clients"))
+    return told
+
+
+def _loose(lever: str, delta: float, n: int, of: str) -> str:
+    return (
+        f"privacy.{lever}.delta: {delta:g} is not below 1 / {n}, one of {n} {of}, so that one may "
+        f"be told outright; take {0.1 / n:.1g} or less"
+    )
 
 
 def uncovered(

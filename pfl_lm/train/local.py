@@ -19,6 +19,7 @@ from pfl_lm.data.batches import training_batches
 from pfl_lm.data.poisson import poisson_steps
 from pfl_lm.errors import RecipeError
 from pfl_lm.layout import Factor, Vector
+from pfl_lm.privacy.spent import expected_rows, noted
 from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
 
@@ -156,7 +157,7 @@ class LocalTrainer:
         if self.private is None:
             return None, self._batches(steps), self.training.gradient_accumulation_steps
         fit, self._fits = self._fits, self._fits + 1
-        expected = min(self.training.rows_in_step, self.n_examples)
+        expected = expected_rows(self.n_examples, self.training.rows_in_step)
         batches = poisson_steps(
             self.examples,
             steps=steps,
@@ -195,11 +196,10 @@ class LocalTrainer:
             self._account(module.private, self.private)
 
     def _account(self, fit: PrivateGradient, lever: RecordLevel) -> None:
-        """Say what an accountant has to know of a fit, beside that of the turn's fits before."""
-        released = self.summary.get("dp_steps", 0.0) + fit.released
-        self.summary["dp_steps"] = released
-        self.summary["dp_sample_rate"] = fit.expected_rows / self.n_examples
-        self.summary["dp_noise_multiplier"] = lever.options.noise_multiplier
+        """Say what an accountant has to know, of this fit and of those before it in the turn."""
+        steps = int(self.summary.get("dp_steps", 0)) + fit.released
+        sigma, rows_in_step = lever.options.noise_multiplier, self.training.rows_in_step
+        self.summary.update(noted(sigma, self.n_examples, rows_in_step, steps))
 
 
 class _Ticker(L.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,36 @@ import pytest
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.finetune import RunResult, finetune
+from pfl_lm.plan import make_plan
+from pfl_lm.preflight import check_recipe
+from pfl_lm.privacy.spent import NO_LEVER, ClientSpent, largest, said, spent, spent_by_client
 from pfl_lm.recipe import load_recipe
-from tests.tiny import tiny_recipe
+from pfl_lm.report.table import summary_lines
+from tests.tiny import client_rows, tiny_recipe, write_jsonl
 
 CLIENT = {"noise_multiplier": 1.0, "clip_norm": 0.5, "delta": 1e-2}
 RECORD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3}
+
+
+UNEQUAL = [
+    *client_rows(["alice"], n_rows=8),
+    *client_rows(["bob"], n_rows=12),
+    *client_rows(["carol"], n_rows=16),
+]
+LOOSE = (
+    "privacy.record_level.delta: 0.3 is not below 1 / 5, one of 5 rows of alice, so that one may "
+    "be told outright; take 0.02 or less"
+)
 
 
 class Listener(Watch):
     def __init__(self) -> None:
         self.updates: list[Update] = []
         self.reports: list[RoundReport] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def turn(self, update: Update) -> None:
         self.updates.append(update)
@@ -85,6 +105,61 @@ def test_a_run_with_noise_on_the_mean_ends_well(tmp_path: Path, method: str) -> 
     assert [len(turns(result)) for result in (plain, noisy, both)] == [6, 6, 6]
     assert not [summary for _, _, summary in turns(noisy) if "dp_steps" in summary]
     assert secret_of(noisy) != secret_of(both)
+
+
+def test_what_was_planned_is_what_the_ledger_says_was_spent(tmp_path: Path) -> None:
+    """ε from the committed rows alone, on the cards and in the closing lines."""
+    changes = {
+        "privacy.client_level": CLIENT,
+        "method.weighting": "uniform",
+        "federation.fraction_train": 0.5,
+        "federation.rounds": 3,
+        "data.path": str(write_jsonl(tmp_path / "rows.jsonl", UNEQUAL)),
+    }
+    recipe = tiny_recipe(tmp_path, **{"privacy.record_level": RECORD, **changes})
+    checked = check_recipe(recipe)
+    plan = make_plan(checked.loaded, checked.clients)
+    result = run(tmp_path, **changes)
+
+    rounds = Counter(client for client, _, _ in turns(result))
+    assert set(rounds.values()) != {3}
+    privacy = checked.loaded.recipe.privacy
+    for client in result.clients:
+        n_train = len(checked.clients[client.client].train)
+        mechanism = (1.0, 2 / n_train)
+        assert client.spent == ClientSpent(
+            spent({mechanism: 2 * rounds[client.client]}, 1e-3),
+            spent({(1.0, 1.0): rounds[client.client]}, 1e-2),
+        )
+        card = (result.folder / "adapters" / client.slug / "README.md").read_text()
+        assert said(client.spent.record_level) in card  # type: ignore[arg-type]
+        assert said(client.spent.client_level) in card  # type: ignore[arg-type]
+    most = largest({client.client: client.spent for client in result.clients})
+    assert plan.spent == most
+    assert most.record_level is not None
+    assert most.client_level is not None
+    assert said(most.record_level) in (result.folder / "global" / "README.md").read_text()
+    assert (
+        f"differential privacy, most of any client: rows, {said(most.record_level)}; "
+        f"clients, {said(most.client_level)}"
+    ) in summary_lines(result.clients, result.folder)
+    ledger = [(client, summary) for client, _, summary in turns(result)]
+    again = spent_by_client(ledger, privacy, [client.client for client in result.clients])
+    assert again == {client.client: client.spent for client in result.clients}
+
+
+def test_a_run_without_a_lever_says_nothing_of_privacy(tmp_path: Path) -> None:
+    result = run(tmp_path, privacy={})
+    assert {client.spent for client in result.clients} == {NO_LEVER}
+    assert "privacy" not in " ".join(summary_lines(result.clients, Path("/r")))
+    with closing(sqlite3.connect(result.folder / "federation.sqlite")) as ledger:
+        assert not ledger.execute("SELECT * FROM run WHERE key = 'noise_seed'").fetchall()
+
+
+def test_a_loose_delta_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    listener = Listener()
+    run(tmp_path, listener, **{"privacy.record_level": RECORD | {"delta": 0.3}})
+    assert LOOSE in listener.notes
 
 
 def test_the_secret_is_in_the_ledger_and_nowhere_else(tmp_path: Path) -> None:

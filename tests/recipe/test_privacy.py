@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pfl_lm.cli.app import app
 from pfl_lm.errors import PflError, RecipeError
 from pfl_lm.preflight import check_recipe, preflight
-from pfl_lm.recipe import ClientLevelOptions, RecordLevelOptions
+from pfl_lm.recipe import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
+from pfl_lm.recipe.privacy import loose_deltas
 from pfl_lm.recipe.reference import reference
 from pfl_lm.recipe.suggest import section_class
 from tests.recipe.minimal import MINIMAL, load, write
@@ -159,3 +162,32 @@ def test_the_page_has_the_sections_within() -> None:
     assert "\n### privacy.record_level\n" in reference()
     assert "| `privacy.record_level` | [section](#privacyrecord_level) | `null` |" in reference()
     assert "| `privacy.record_level.delta` | number > 0, < 1 |  |" in reference()
+
+
+def test_deltas_that_bound_nothing_are_told() -> None:
+    def told(record: float, client: float) -> list[str]:
+        privacy = PrivacyOptions(
+            record_level=RecordLevelOptions(noise_multiplier=1.0, max_grad_norm=1.0, delta=record),
+            client_level=ClientLevelOptions(noise_multiplier=1.0, clip_norm=1.0, delta=client),
+        )
+        return loose_deltas(privacy, {"a": 40, "b": 100, "c": 3})
+
+    assert told(1e-5, 1e-3) == []
+    assert told(0.0099, 0.33) == []
+    assert told(0.01, 0.4) == [
+        "privacy.record_level.delta: 0.01 is not below 1 / 100, one of 100 rows of b, so that one "
+        "may be told outright; take 0.001 or less",
+        "privacy.client_level.delta: 0.4 is not below 1 / 3, one of 3 clients, so that one may be "
+        "told outright; take 0.03 or less",
+    ]
+    assert loose_deltas(PrivacyOptions(), {"a": 1}) == []
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.5])
+def test_validate_tells_them(tmp_path: Path, clients_jsonl: Path, delta: float) -> None:
+    lever = RECORD.replace("1e-5", str(delta))
+    fixed = [f"runtime.output_dir={tmp_path}", "data.split_column=split", lever]
+    result = CliRunner().invoke(app, ["validate", str(write(tmp_path)), *fixed])
+    assert result.exit_code == 0
+    note = "  note        privacy.record_level.delta: 0.5 is not below 1 / 5, one of 5 rows of al"
+    assert (note in result.stdout) == (delta == 0.5)
