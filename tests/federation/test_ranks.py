@@ -16,6 +16,7 @@ from pfl_lm.federation.fleet import start
 from pfl_lm.federation.fleet.start import connected, join_ranks, lone_launch, rank_0_first
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import RuntimeOptions, load_recipe
+from tests.federation.rank_runs import same_secret
 from tests.tiny import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,15 @@ PATIENCE = 120
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 RUNS = ("-m", "tests.federation.rank_runs")
-BOTH: dict[str, dict[str, Any]] = {"fixed": {}, "auto": {"training.learning_rate": "auto"}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "auto": {"training.learning_rate": "auto"},
+    "private": {
+        "privacy.record_level": {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3},
+        "privacy.client_level": {"noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-3},
+        "method.weighting": "uniform",
+    },
+}
 TWO_RANKS = (
     "start it with  torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
     "(on CPUs with ACCELERATE_USE_CPU=true before it)"
@@ -90,16 +99,18 @@ def results_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def ranks(place: Path) -> list[Ended]:
-    """Run two recipes on two ranks and then one that fails, and meanwhile the two here."""
-    well = [str(recipe(place, f"two-{name}", **how)) for name, how in BOTH.items()]
+    """Run the recipes on two ranks and then one that fails, and meanwhile the same here."""
+    well = [str(recipe(place, f"two-{name}", **how)) for name, how in RECIPES.items()]
     failing = str(recipe(place, "failing"))
     started = by_hand(*RUNS, *well, "--failing", "bob", failing)
-    for name, how in BOTH.items():
-        finetune(load_recipe(recipe(place, f"one-{name}", **how)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pfl_lm.federation.noise.secrets.randbits", same_secret)
+        for name, how in RECIPES.items():
+            finetune(load_recipe(recipe(place, f"one-{name}", **how)))
     return [end_of(process) for process in started]
 
 
-@pytest.mark.parametrize("name", ["fixed", "auto"])
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_two_ranks_leave_the_same_bytes_as_one_process(
     ranks: list[Ended], place: Path, name: str
 ) -> None:
@@ -107,7 +118,7 @@ def test_two_ranks_leave_the_same_bytes_as_one_process(
     assert {"adapters.json", "metrics.csv", "adapters/bob/adapter_model.safetensors"} <= set(alone)
     assert shared == alone
     (_, out, _), (_, other_out, _) = ranks
-    assert out.count("round 2/2") == 2  # once for each recipe: one rank speaks
+    assert out.count("round 2/2") == len(RECIPES)  # once for each recipe: one rank speaks
     assert other_out == ""
 
 
