@@ -127,8 +127,10 @@ class Display(Watch):
         """Print one line about a round."""
         assert self.workload is not None
         parts = [f"round {report.round}/{self.workload.rounds}"]
+        if report.round:
+            parts.append(f"{report.cohort} clients")
         if report.train_loss is not None:
-            parts += [f"{report.cohort} clients", f"train {report.train_loss:.3f}"]
+            parts.append(f"train {report.train_loss:.3f}")
         parts += [
             f"validation ({report.candidate}) mean {report.mean:.3f}",
             f"worst {report.worst:.3f} {report.worst_client}",

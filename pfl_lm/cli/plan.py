@@ -116,6 +116,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",
     )
     yield "work", f"{plan.steps:,} optimizer steps in all"
+    yield from _privacy(plan)
     yield from _memory(plan)
     yield (
         "disk",
@@ -126,6 +127,15 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _up_to(least: int, most: int) -> str:
     return size(most) if least == most else f"{size(least)} to {size(most)}"
+
+
+def _privacy(plan: Plan) -> Iterator[tuple[str, str]]:
+    from pfl_lm.privacy.spent import said
+
+    levers = (("rows", plan.spent.record_level), ("clients", plan.spent.client_level))
+    told = [f"{what}, {said(spent)}" for what, spent in levers if spent is not None]
+    if told:
+        yield "privacy", f"{'; '.join(told)}: the most of any client, after all rounds"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pfl_lm.cli.exits import plain
 from pfl_lm.data.files import find_files
 from pfl_lm.data.formats import format_of
 from pfl_lm.preflight import Checked, check_recipe
+from pfl_lm.recipe.privacy import loose_deltas
 
 MOST_CLIENTS = 20
 """How many clients are listed; of the rest, only their number."""
@@ -45,6 +46,8 @@ def _report(checked: Checked) -> str:
     if len(clients) > MOST_CLIENTS:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")
+    n_train = {client: len(rows.train) for client, rows in clients.items()}
+    lines += [f"  note        {told}" for told in loose_deltas(recipe.privacy, n_train)]
     return "\n".join(lines)
 
 

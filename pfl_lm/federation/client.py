@@ -28,7 +28,8 @@ from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import Vector
 from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method
 from pfl_lm.model.adapter import Adapter
-from pfl_lm.recipe import TrainingOptions
+from pfl_lm.privacy.dpsgd import RecordLevel
+from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
 from pfl_lm.train import LocalTrainer
 
 
@@ -44,6 +45,7 @@ class ClientSide:
     pad_token_id: int
     store: Store
     watch: Watch
+    record_level: RecordLevelOptions | None = None
     _base: dict[str, RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
@@ -72,9 +74,19 @@ class ClientSide:
         return {**found, BASE: self.adapter.layout.without_effect(self.start)}
 
     def local_run(
-        self, client: str, steps: int, seed: int, *, halved: bool = False
+        self,
+        client: str,
+        steps: int,
+        seed: int,
+        noise_seed: int | None = None,
+        *,
+        halved: bool = False,
     ) -> LocalTrainer:
         """Return what a method may do with this client's data in a turn of ``steps`` steps."""
+        private = None
+        if self.record_level is not None:
+            assert noise_seed is not None
+            private = RecordLevel(self.record_level, noise_seed)
         return LocalTrainer(
             self.adapter,
             self.dataset.train(client),
@@ -83,11 +95,14 @@ class ClientSide:
             pad_token_id=self.pad_token_id,
             seed=seed,
             on_step=self.watch.step,
+            private=private,
         )
 
     def _train(self, task: Assignment) -> Update:
         began = time.perf_counter()
-        run = self.local_run(task.client, task.steps, task.seed, halved=task.halved)
+        run = self.local_run(
+            task.client, task.steps, task.seed, task.noise_seed, halved=task.halved
+        )
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
         if task.check_loss:

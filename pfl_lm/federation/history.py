@@ -233,6 +233,11 @@ class History:
         )
         return sorted(path for (path,) in rows)
 
+    def summaries(self) -> list[tuple[str, dict[str, float]]]:
+        """Return whose turn it was and its summary, for every turn in the order of rounds."""
+        rows = self._ask("SELECT client, summary FROM turns ORDER BY round, client")
+        return [(client, self._numbers(text)) for client, text in rows]
+
     def number(self, key: str) -> float | None:
         """Return a number that the run has noted of itself; None if it has not."""
         text = self.about().get(key)

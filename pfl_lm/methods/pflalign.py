@@ -111,7 +111,7 @@ class PFLAlign(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, as FedAvg does, by the recipe's rule."""
         before = server.vectors["global_weights"]
-        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        combined = combine(self.setup, round, before, uploads, "weights")
         count = self._count(server.scalars["rounds"] + 1) if self._decays else {}
         return ServerState({"global_weights": combined}, count)
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pfl_lm.errors import ModelError, PflError
+from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.sections import RuntimeOptions
 
 
@@ -41,4 +42,17 @@ def refuse_no_tracker(runtime: RuntimeOptions) -> None:
         raise PflError(
             "runtime.tracking: tensorboard is not installed here",
             hint='pip install "pfl-lm[tracking]"',
+        )
+
+
+def refuse_no_opacus(privacy: PrivacyOptions) -> None:
+    """Check that Opacus is installed if a privacy lever is set; it is not imported.
+
+    Raises:
+        PflError: it is not.
+    """
+    if privacy.first_asked and find_spec("opacus") is None:
+        raise PflError(
+            f"privacy.{privacy.first_asked}: opacus is not installed here",
+            hint='pip install "pfl-lm[privacy]"',
         )

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
@@ -25,6 +26,7 @@ __all__ = [
     "BackboneOptions",
     "DataOptions",
     "FederationOptions",
+    "PrivacyOptions",
     "Recipe",
     "RuntimeOptions",
     "TrainingOptions",
@@ -72,6 +74,11 @@ class Recipe(Options):
         default_factory=AggregationOptions,
         description="What the server makes of the clients' uploads.",
         examples=[{"rule": "median"}],
+    )
+    privacy: PrivacyOptions = Field(
+        default_factory=PrivacyOptions,
+        description="Differential privacy: nothing unless asked for.",
+        examples=[{"record_level": "{noise_multiplier: 1.0, max_grad_norm: 1.0, delta: 1e-5}"}],
     )
     runtime: RuntimeOptions = Field(
         default_factory=RuntimeOptions,
@@ -125,6 +132,13 @@ class Recipe(Options):
                 "aggregation",
                 "rule",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_what_is_sent(self) -> Self:
+        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation)
+        if wrong is not None:
+            raise wrong
         return self
 
 
