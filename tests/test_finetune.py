@@ -511,11 +511,26 @@ def test_a_length_that_leaves_nothing_names_the_clients(tmp_path: Path) -> None:
 # --- a run that ends early --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fedavg", "local"])
-def test_a_run_that_diverges_says_so_and_keeps_its_scores(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            "fedavg",
+            "client 'alice': what it would send in round 1 is not finite: training has diverged",
+        ),
+        (
+            "local",
+            "client 'alice': the loss of its local model is nan after round 1: "
+            "training has diverged",
+        ),
+    ],
+)
+def test_a_run_that_diverges_says_so_and_keeps_its_scores(
+    tmp_path: Path, method: str, said: str
+) -> None:
     changes = {"training.learning_rate": 1e38, "method.name": method}
     error = refused(tmp_path, DivergedError, **changes)
-    assert "training has diverged" in error.message
+    assert error.message == said
     assert error.hint == "lower training.learning_rate (now 1e+38)"
     assert {row["round"] for row in scored(tmp_path / "runs" / "tiny")} == {"0"}
 

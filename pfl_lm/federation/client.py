@@ -82,6 +82,10 @@ class ClientSide:
             start, end = before.vectors["weights"], state.vectors["weights"]
             run.summary["batches_before"] = run.mean_loss(start, task.steps)
             run.summary["batches_after"] = run.mean_loss(end, task.steps)
+        elif not all(vector.isfinite().all() for vector in upload.vectors.values()):
+            raise self._diverged(
+                f"client {task.client!r}: what it would send in round {task.round} is not finite"
+            )
         file = self.store.save_client(task.client, task.round, state)
         return Update(
             run=task.run,
@@ -148,12 +152,15 @@ class ClientSide:
             on_rows=self.watch.rows,
         )
         if not math.isfinite(scored.mean):
-            raise DivergedError(
+            raise self._diverged(
                 f"client {task.client!r}: the loss of its {name} model is {scored.mean} "
-                f"after round {task.round}: training has diverged",
-                hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
+                f"after round {task.round}"
             )
         return scored
+
+    def _diverged(self, what: str) -> DivergedError:
+        hint = f"lower training.learning_rate (now {self.training.learning_rate:g})"
+        return DivergedError(f"{what}: training has diverged", hint=hint)
 
 
 def _score(split: str, candidate: str, rows: RowScores) -> Score:
