@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.cli.interrupts import Interrupted, interruptible
 from pfl_lm.preflight import check_recipe
 
@@ -23,7 +25,11 @@ def finetune(recipe: Path, overrides: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True, quiet=not speaks)
     checked = check_recipe(recipe, overrides)  # all that is quick, before the slow imports
     options, folder = checked.loaded.recipe, checked.loaded.run_folder
-    console.print(Text(f"{options.name}: {options.method.name}, into {folder}"))
+
+    def say(text: str) -> None:
+        console.print(Text(plain(text)))
+
+    say(f"{options.name}: {options.method.name}, into {folder}")
 
     try:
         with interruptible():
@@ -35,12 +41,13 @@ def finetune(recipe: Path, overrides: list[str]) -> None:
                 result = run(checked.loaded, display, checked.clients)
     except Interrupted:
         if folder.exists():
-            console.print(Text(f"stopped; {folder} holds the rounds that were finished"))
+            say(f"stopped; {folder} holds the rounds that were finished")
         raise
 
     if not speaks:
         return
     console.print()
-    console.print(client_table(result.clients))
-    for line in summary_lines(result.clients, result.folder):
-        console.print(Text(line))
+    shown = [replace(each, client=label(each.client)) for each in result.clients]
+    console.print(client_table(shown))
+    for line in summary_lines(shown, result.folder):
+        say(line)
