@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pfl_lm.cli.exits import plain
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.preflight import check_recipe
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _clients(clients: tuple[ClientPlan, ...]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for client in clients[:MOST_CLIENTS]:
         numbers = [f"{getattr(client, name):,}" for name in names]
-        table.add_row(Text(plain(client.id)), *numbers)
+        table.add_row(Text(label(client.id)), *numbers)
     if len(clients) > MOST_CLIENTS:
         table.add_row(f"and {len(clients) - MOST_CLIENTS} more")
     table.add_section()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.words import short
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
 from pfl_lm.federation.faults import (
@@ -178,7 +179,7 @@ class ClientSide:
         )
         if not math.isfinite(scored.mean):
             raise DivergedError(
-                f"client {task.client!r}: the loss of its {name} model is {scored.mean} "
+                f"client {short(task.client)}: the loss of its {name} model is {scored.mean} "
                 f"after round {task.round}: training has diverged",
                 hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
             )
