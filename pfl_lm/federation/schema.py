@@ -138,7 +138,8 @@ def _refuse_others(connection: sqlite3.Connection, path: Path) -> None:
         fresh.executescript(TABLES)
         ours = _definitions(fresh)
     found = [problem for (problem,) in connection.execute("PRAGMA quick_check(5)")]
-    if _definitions(connection) != ours or found != ["ok"]:
+    strangers = connection.execute("PRAGMA foreign_key_check").fetchone()
+    if _definitions(connection) != ours or found != ["ok"] or strangers is not None:
         raise RunFolderError(
             f"{path}: not a ledger as pfl-lm writes it",
             hint="the file was damaged or changed; put back a copy of the run folder",

@@ -307,7 +307,8 @@ def placed(world: Path, place: Path) -> Path:
 
 
 @settings(
-    max_examples=400,
+    max_examples=60,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
