@@ -19,7 +19,12 @@ from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
-from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker
+from pfl_lm.recipe.checks import (
+    refuse_many_threads,
+    refuse_no_model,
+    refuse_no_opacus,
+    refuse_no_tracker,
+)
 from pfl_lm.recipe.draft import read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions, FederationOptions
@@ -48,7 +53,14 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     recipe = loaded.recipe
     folder = loaded.run_folder if to_run else None
     clients, faults = _check(
-        Parts(recipe.backbone, recipe.data, folder, recipe.runtime, recipe.federation)
+        Parts(
+            recipe.backbone,
+            recipe.data,
+            folder,
+            recipe.runtime,
+            recipe.federation,
+            recipe.privacy,
+        )
     )
     if faults or clients is None:
         raise _one(faults)
@@ -65,6 +77,8 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
     clients = _try(run_clients, loaded, faults)
     _try(_find_backbone, recipe.backbone, faults)
     _try(refuse_no_tracker, recipe.runtime, faults)
+    _try(refuse_many_threads, recipe.runtime, faults)
+    _try(refuse_no_opacus, recipe.privacy, faults)
     if faults or clients is None:
         raise _one(faults)
     return clients
@@ -129,6 +143,8 @@ def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     _try(_find_backbone, parts.backbone, faults)
     _try(refuse_occupied, parts.run_folder, faults)
     _try(refuse_no_tracker, parts.runtime, faults)
+    _try(refuse_many_threads, parts.runtime, faults)
+    _try(refuse_no_opacus, parts.privacy, faults)
     return clients, faults
 
 

@@ -57,7 +57,7 @@ class FedAdam(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Take one step of Adam along the averaged change."""
         before = server.vectors["global_weights"]
-        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        combined = combine(self.setup, round, before, uploads, "weights")
         change = combined.double() - before.double()
         of = self.options
         first = of.beta_1 * server.vectors["first_moment"].double() + (1 - of.beta_1) * change

@@ -55,7 +55,7 @@ class FedAvgM(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Take one step with momentum along the averaged change."""
         before = server.vectors["global_weights"]
-        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        combined = combine(self.setup, round, before, uploads, "weights")
         change = combined.double() - before.double()
         velocity = self.options.server_momentum * server.vectors["velocity"].double() + change
         after = before.double() + self.options.server_learning_rate * velocity

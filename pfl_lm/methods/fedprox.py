@@ -47,7 +47,7 @@ class FedProx(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, as FedAvg does, by the recipe's rule."""
         before = server.vectors["global_weights"]
-        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        combined = combine(self.setup, round, before, uploads, "weights")
         return ServerState({"global_weights": combined})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:

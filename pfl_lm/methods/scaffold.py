@@ -87,7 +87,7 @@ class Scaffold(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Step towards the mean of the clients, and keep c the mean of all c_i."""
         start, control = server.vectors["global_weights"], server.vectors["control"]
-        mean = combine(self.setup.aggregation, start, uploads, "weights")
+        mean = combine(self.setup, round, start, uploads, "weights")
         rate = self.options.server_learning_rate
         after = start.double() + rate * (mean.double() - start.double())
 

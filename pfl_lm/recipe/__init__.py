@@ -13,6 +13,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
+from pfl_lm.recipe.privacy import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
     AggregationOptions,
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterOptions",
     "AggregationOptions",
     "BackboneOptions",
+    "ClientLevelOptions",
     "DataOptions",
     "FedAdamOptions",
     "FedAvgMOptions",
@@ -39,7 +41,9 @@ __all__ = [
     "LocalOptions",
     "MethodOptions",
     "PFLAlignOptions",
+    "PrivacyOptions",
     "Recipe",
+    "RecordLevelOptions",
     "RuntimeOptions",
     "ScaffoldOptions",
     "TrainingOptions",

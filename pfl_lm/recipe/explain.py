@@ -48,9 +48,11 @@ class _Place(NamedTuple):
 
     @property
     def field(self) -> FieldInfo | None:
-        head, key = (str(self.at[0]), str(self.at[1])) if len(self.at) > 1 else ("", self.key)
-        options = section_class(head, self.method)
-        return options.model_fields.get(key) if options else None
+        keys = [part for part in self.at if isinstance(part, str)]
+        while len(keys) > 2 and section_class(".".join(keys[:-1]), self.method) is None:
+            keys.pop()  # within a value that is no section
+        options = section_class(".".join(keys[:-1]), self.method)
+        return options.model_fields.get(keys[-1]) if options and keys else None
 
 
 def explain(error: ValidationError, draft: Draft) -> list[str]:

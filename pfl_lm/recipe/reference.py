@@ -14,7 +14,7 @@ from typing import Any
 from pfl_lm.recipe.methods import METHOD_OPTIONS, PRESETS
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.schema import Recipe
-from pfl_lm.recipe.suggest import section_class
+from pfl_lm.recipe.suggest import section_class, subsections
 
 Schema = Mapping[str, Any]
 
@@ -56,6 +56,9 @@ def _page() -> Iterator[str]:
         elif options := section_class(section):
             yield f"## {section}\n"
             yield from _section(options, section)
+            for name, inner in subsections(section).items():
+                yield f"### {name}\n"
+                yield from _section(inner, name)
 
 
 def _methods() -> Iterator[str]:
@@ -84,12 +87,14 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
     yield "| key | value | default | |"
     yield "|---|---|---|---|"
     for key, field in schema["properties"].items():
-        section = options is Recipe and (key == "method" or section_class(key) is not None)
-        value = f"[section](#{key})" if section else _value(field)
-        default = "its own" if section else f"`{_yaml(field.get('default'))}`"
+        name = f"{prefix}{key}"
+        section = name == "method" or section_class(name) is not None
+        value = f"[section](#{name.replace('.', '')})" if section else _value(field)
+        own = section and options is Recipe
+        default = "its own" if own else f"`{_yaml(field.get('default'))}`"
         if key in schema.get("required", ()):
             default = ""
-        cells = (f"`{prefix}{key}`", value, default, field.get("description", ""))
+        cells = (f"`{name}`", value, default, field.get("description", ""))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 

@@ -97,7 +97,7 @@ def test_a_robust_rule_settles_what_the_change_is(name: str, how: AggregationOpt
     server = method.init_server(start)
     uploads = sent([1.1, -1.0], [1.2, -1.3], [1e9, -5.0])
     found = method.aggregate(server, uploads, 1)
-    combined: Tensor = combine(how, start, uploads, "weights")
+    combined: Tensor = combine(method.setup, 1, start, uploads, "weights")
     plain = method_of(name)
     wanted = plain.aggregate(plain.init_server(start), sent(combined.tolist()), 1)
     assert shared(found) == shared(wanted)
