@@ -116,7 +116,7 @@ def test_stopped_again_and_again_it_ends_the_same(
     assert not [name for name in files_in(folder) if name.endswith(".part")]
 
 
-WITH_MOMENTS = ("local", "pflalign")
+WITH_MOMENTS = ("local", "pflalign", "ditto")
 """Methods whose state or form is another one with AdamW."""
 
 

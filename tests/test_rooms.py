@@ -102,7 +102,7 @@ def test_every_module_is_in_a_room() -> None:
 def test_the_graph_is_drawn_from_all_kinds_of_imports() -> None:
     edges = set(graph())
     assert ("pfl_lm.finetune", "pfl_lm.federation.rounds") in edges
-    assert ("pfl_lm.methods.local", "pfl_lm.train") in edges  # inside a function
+    assert ("pfl_lm.cli.members", "pfl_lm.membership") in edges  # inside a function
     assert ("pfl_lm.cli.app", "pfl_lm") in edges
     assert ("pfl_lm.methods.base", "pfl_lm.train") not in edges  # for the type checker only
 

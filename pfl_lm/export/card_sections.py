@@ -22,6 +22,7 @@ CANDIDATES = {
     BASE: "the untouched backbone",
     "global": "the shared adapter",
     "realigned": "the shared adapter plus this client's own offset",
+    "personal": "this client's own adapter, as the method makes it",
     "local": "this client's adapter right after its last local training",
 }
 """What each candidate is, in the order of tables; a method may have others."""

@@ -10,6 +10,7 @@ from pfl_lm.methods.base import (
     Setup,
     Upload,
 )
+from pfl_lm.methods.ditto import Ditto
 from pfl_lm.methods.fedadam import FedAdam
 from pfl_lm.methods.fedavg import FedAvg
 from pfl_lm.methods.fedavgm import FedAvgM
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
     "scaffold": Scaffold,
+    "ditto": Ditto,
     "local": Local,
 }
 

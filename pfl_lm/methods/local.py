@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from pfl_lm.layout import Vector
 from pfl_lm.methods.base import (
     Broadcast,
@@ -23,6 +21,7 @@ from pfl_lm.methods.base import (
     ServerState,
     Upload,
 )
+from pfl_lm.methods.moments import fresh_moments, kept_moments, with_moments
 
 
 class Local(Method):
@@ -30,30 +29,16 @@ class Local(Method):
 
     def init_client(self, info: ClientInfo, start: Vector) -> ClientState:
         """Start from the adapter that every client starts from."""
-        vectors = {"weights": start.clone()}
-        if self.setup.training.optimizer == "adamw":
-            vectors |= {"adamw_first": torch.zeros_like(start)}
-            vectors |= {"adamw_second": torch.zeros_like(start)}
-        return ClientState(vectors, {"adamw_step": 0.0})
+        moments = fresh_moments(self.setup.training, start)
+        return with_moments({"weights": start.clone()}, moments)
 
     def turn(
         self, sent: Broadcast, client: ClientState, run: LocalRun
     ) -> tuple[Upload, ClientState]:
         """Go on from where the client's last turn ended; upload nothing."""
-        from pfl_lm.train import Moments
-
-        moments = None
-        if "adamw_first" in client.vectors:
-            moments = Moments(
-                first=client.vectors["adamw_first"].clone(),
-                second=client.vectors["adamw_second"].clone(),
-                step=int(client.scalars["adamw_step"]),
-            )
+        moments = kept_moments(client)
         weights = run.train(client.vectors["weights"], steps=run.steps, moments=moments)
-        if moments is None:
-            return Upload({}, weight=0.0), ClientState({"weights": weights}, dict(client.scalars))
-        kept = {"weights": weights, "adamw_first": moments.first, "adamw_second": moments.second}
-        return Upload({}, weight=0.0), ClientState(kept, {"adamw_step": float(moments.step)})
+        return Upload({}, weight=0.0), with_moments({"weights": weights}, moments)
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Leave the server as it is."""

@@ -13,6 +13,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
+from pfl_lm.recipe.personal import DittoOptions
 from pfl_lm.recipe.privacy import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
@@ -32,6 +33,7 @@ __all__ = [
     "BackboneOptions",
     "ClientLevelOptions",
     "DataOptions",
+    "DittoOptions",
     "FedAdamOptions",
     "FedAvgMOptions",
     "FedAvgOptions",

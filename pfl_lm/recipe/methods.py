@@ -14,6 +14,7 @@ from pfl_lm.recipe.averaging import (
     Weighting,
 )
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.personal import DittoOptions
 from pfl_lm.recipe.scalars import show
 
 _NO_START = {"personalized_start": False, "correction": "none"}
@@ -176,6 +177,7 @@ MethodOptions = Annotated[
     | FedAvgMOptions
     | FedAdamOptions
     | ScaffoldOptions
+    | DittoOptions
     | LocalOptions,
     Field(discriminator="name"),
 ]
@@ -187,5 +189,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "fedavgm": FedAvgMOptions,
     "fedadam": FedAdamOptions,
     "scaffold": ScaffoldOptions,
+    "ditto": DittoOptions,
     "local": LocalOptions,
 }

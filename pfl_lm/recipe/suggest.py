@@ -41,6 +41,7 @@ _SYNONYMS = {
     "federation.min_clients": ("min_available_nodes", "min_train_nodes", "min_available_clients"),
     "method": ("algorithm", "strategy"),
     "method.server_learning_rate": ("server_lr", "eta_s", "global_lr", "eta_g"),
+    "method.lam": ("lambda", "lambda_", "ditto_lambda", "lamda"),
     "method.mu": ("proximal_mu", "prox_mu", "proximal_weight"),
     "privacy": ("dp", "differential_privacy"),
     "privacy.client_level": ("user_level", "client_dp", "dp_fedavg"),

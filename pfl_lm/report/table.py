@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pfl_lm.evaluate import BASE
 from pfl_lm.export.adapters import ClientResult
+from pfl_lm.export.card_sections import CANDIDATES
 from pfl_lm.privacy.spent import largest, said
 
 
@@ -110,9 +111,8 @@ def _verdict(result: ClientResult, split: str) -> tuple[str, str]:
 
 
 def _candidates(results: Sequence[ClientResult]) -> list[str]:
-    order = (BASE, "global", "realigned", "local")
     found = {name for result in results for name in result.scores.get("validation", {})}
-    return [name for name in order if name in found] + sorted(found.difference(order))
+    return [name for name in CANDIDATES if name in found] + sorted(found.difference(CANDIDATES))
 
 
 def _mean(results: Sequence[ClientResult], split: str, candidate: str) -> float | None:

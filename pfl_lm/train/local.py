@@ -209,6 +209,11 @@ class _Ticker(L.Callback):
         self._seen = 0
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from 0 in every fit of the turn."""
+        self._seen = 0
+
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:

@@ -139,7 +139,7 @@ def test_no_more_than_two_uploads_are_in_memory(
 
 
 @every_rule
-@pytest.mark.parametrize("method", ["fedavg", "fedprox", "pflalign"])
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "ditto", "pflalign"])
 def test_methods_hand_on_the_rule_of_the_recipe(method: str, how: dict[str, Any]) -> None:
     layout = AdapterLayout.of([("q", "A", (D // 2,)), ("q", "B", (D // 2,))])
     chosen = AggregationOptions(**how)

@@ -123,3 +123,21 @@ def scaffold(
         x = x + eta_g * torch.stack(delta_y).mean(0)
         c = c + len(cohort) / len(fed.clients) * torch.stack(delta_c).mean(0)
     return x, y, c, c_of
+
+
+def ditto(fed: Federation, lam: float) -> tuple[Tensor, Held, Held]:
+    """Li et al. 2021, Algorithm 1; also returns the personal models v_k."""
+    shared, ends = fed.start.double(), {}
+    v = dict.fromkeys(fed.clients, shared)
+    for round in range(1, fed.rounds + 1):
+        at = shared
+
+        def pull(w: Tensor, at: Tensor = at) -> Tensor:
+            return lam * (w - at)
+
+        for k in fed.clients:
+            gradients = fed.gradients(k, round)
+            ends[k] = descend(shared, gradients, fed.eta)
+            v[k] = descend(v[k], gradients, fed.eta, pull)
+        shared = fed.mean(ends)
+    return shared, ends, v

@@ -173,3 +173,49 @@ def test_scaffold_with_one_client_is_a_plain_loop(tmp_path: Path, start: Tensor)
     for round in range(1, ROUNDS + 1):
         plain.fit(batches(tmp_path, "alice", round), base)
     torch.testing.assert_close(global_weights(folder), plain.w, rtol=1e-6, atol=1e-8)
+
+
+# --- ditto --------------------------------------------------------------------------------------
+
+
+def test_ditto_is_its_paper(tmp_path: Path, start: Tensor, federation: Federation) -> None:
+    """From round 2 on both paths differ, and v is pulled to the w_g that its round began with."""
+    folder = run_uneven(tmp_path, "ditto", lam=0.3)
+    shared, ends, v = reference.ditto(federation, lam=0.3)
+    _, _, without = reference.ditto(federation, lam=0.0)
+    check(global_weights(folder), shared, start, start.double())
+    for client in CLIENTS:
+        kept = state(folder, client)
+        check(kept["weights"], ends[client], start, v[client])
+        check(kept["personal"], v[client], start, without[client])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_ditto_is_fedavg_on_one_path_and_without_a_pull_local_on_the_other(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """Bit for bit, with AdamW's moments of the personal path."""
+    how = {"training.optimizer": optimizer, "training.learning_rate": 0.02}
+
+    def of(name: str, **method: Any) -> Path:
+        return run(tmp_path / name, rows=UNEVEN, **{"method.name": name}, **method, **how)
+
+    ditto, fedavg, local = of("ditto", **{"method.lam": 0.0}), of("fedavg"), of("local")
+    assert torch.equal(global_weights(ditto), global_weights(fedavg))
+    for client in CLIENTS:
+        kept, alone = state(ditto, client), state(local, client)
+        assert torch.equal(kept.pop("weights"), state(fedavg, client)["weights"])
+        assert torch.equal(kept.pop("personal"), alone.pop("weights"))
+        assert kept.keys() == alone.keys()
+        assert len(kept) == (2 if optimizer == "adamw" else 0)
+        assert all(torch.equal(kept[name], alone[name]) for name in kept)
+
+
+def test_a_pull_does_not_touch_dittos_shared_path(tmp_path: Path) -> None:
+    weak, strong = (run_uneven(tmp_path / str(lam), "ditto", lam=lam) for lam in (0.0, 1.5))
+    assert torch.equal(global_weights(weak), global_weights(strong))
+    for client in CLIENTS:
+        one, other = state(weak, client), state(strong, client)
+        assert torch.equal(one["weights"], other["weights"])
+        away = [(kept["personal"] - global_weights(weak)).norm() for kept in (one, other)]
+        assert away[1] < away[0]

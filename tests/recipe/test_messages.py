@@ -109,7 +109,7 @@ def test_a_key_of_another_section(tmp_path: Path) -> None:
 
 
 NAMES = ", ".join(METHOD_OPTIONS)
-AVERAGING = "pflalign, fedavg, fedprox, fedavgm and fedadam"
+AVERAGING = "pflalign, fedavg, fedprox, fedavgm, fedadam and ditto"
 METHODS = [
     (
         "{}",
@@ -159,6 +159,9 @@ METHODS = [
         f"method.weighting: `weighting` is an option of {AVERAGING}, not of scaffold",
     ),
     ("{name: scafold}", f"method.name: must be one of {NAMES}, got 'scafold'. Did you mean `scaff"),
+    ("{name: ditto, lam: -1}", "method.lam: must be a number of at least 0, got -1"),
+    ("{name: ditto, lambda: 0.1}", "method.lambda: unknown key. Did you mean `method.lam`?"),
+    ("{name: fedprox, lam: 0.1}", "method.lam: `lam` is an option of ditto, not of fedprox"),
     ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     (
