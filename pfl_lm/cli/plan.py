@@ -110,7 +110,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     least, most = plan.in_round
     in_round = f"{most}" if least == most else f"{least} to {most}"
-    up, down = (_up_to(least * n, most * n) for n in (traffic.up, traffic.down))
+    up = _up_to(least * min(traffic.ups), most * traffic.up)
+    down = _up_to(least * traffic.down, most * traffic.down)
     yield (
         "traffic",
         f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",

@@ -15,8 +15,11 @@ from pfl_lm.methods.fedadam import FedAdam
 from pfl_lm.methods.fedavg import FedAvg
 from pfl_lm.methods.fedavgm import FedAvgM
 from pfl_lm.methods.fedprox import FedProx
+from pfl_lm.methods.fedsa_lora import FedSALora
+from pfl_lm.methods.ffa_lora import FFALora
 from pfl_lm.methods.local import Local
 from pfl_lm.methods.pflalign import PFLAlign
+from pfl_lm.methods.rolora import RoLora
 from pfl_lm.methods.scaffold import Scaffold
 
 METHODS: dict[str, type[Method]] = {
@@ -27,6 +30,9 @@ METHODS: dict[str, type[Method]] = {
     "fedadam": FedAdam,
     "scaffold": Scaffold,
     "ditto": Ditto,
+    "ffa_lora": FFALora,
+    "fedsa_lora": FedSALora,
+    "rolora": RoLora,
     "local": Local,
 }
 

@@ -13,8 +13,8 @@ from pfl_lm.methods.robust import clipped_mean, median, trimmed_mean
 if TYPE_CHECKING:
     from pfl_lm.methods.base import Setup, Upload
 
-RELEASED = "weights"
-"""The one vector of a round that ``privacy.client_level`` accounts for."""
+RELEASED = ("weights", "A", "B")
+"""What ``privacy.client_level`` accounts for: one of these a round, all of an adapter or a half."""
 
 
 def combine(
@@ -39,7 +39,7 @@ def combine(
     sent = Sent(uploads, name)
     how, private = setup.aggregation, setup.client_level
     if private is not None:
-        if name != RELEASED:
+        if name not in RELEASED:
             raise RecipeError(
                 f"privacy.client_level: this method averages {name!r} beside the adapters, for "
                 "which no noise is accounted for",

@@ -97,7 +97,7 @@ def make_plan(
     layout = adapter.layout
     setup = Setup(layout, len(dataset), recipe.seed, recipe.training, recipe.aggregation)
     method = METHODS[recipe.method.name](recipe.method, setup)
-    traffic = count_traffic(method, layout)
+    traffic = count_traffic(method, layout, recipe.federation.rounds)
     clients = tuple(_client(client, recipe, method.fits) for client in dataset)
     steps = {client.id: client.steps for client in clients}
     taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()

@@ -1,7 +1,8 @@
 """What a method keeps and sends, counted on vectors of zeros through the method's own rules.
 
-One client takes one turn in which training moves nothing. So there is no table of sizes to keep: a
-method that sends half a vector, or keeps five, is counted as it is.
+One client takes turns in which training moves nothing, in two rounds, since a method may do in even
+rounds what it does not in odd ones. So there is no table of sizes to keep: a method that sends half
+a vector, or keeps five, is counted as it is.
 """
 
 from __future__ import annotations
@@ -27,16 +28,21 @@ class Traffic:
     Attributes:
         state: what a client keeps between its turns, by the vectors' names.
         server: what the server keeps between rounds.
-        up: what one client sends in a turn.
+        ups: what one client sends in a turn of round 1, and of round 2 if there is one.
         down: what one client is sent for a turn.
         candidates: the models a client's own is chosen from, without the backbone.
     """
 
     state: dict[str, int]
     server: int
-    up: int
+    ups: tuple[int, ...]
     down: int
     candidates: tuple[str, ...]
+
+    @property
+    def up(self) -> int:
+        """The most that one client sends in a turn."""
+        return max(self.ups)
 
 
 @dataclass
@@ -57,17 +63,21 @@ class _NoTraining:
         return 0.0, torch.zeros_like(at)
 
 
-def count_traffic(method: Method, layout: AdapterLayout) -> Traffic:
-    """Take one turn without training, and measure what is kept and what is sent."""
+def count_traffic(method: Method, layout: AdapterLayout, rounds: int) -> Traffic:
+    """Take a turn without training in each of the first two rounds; measure what goes where."""
     start = torch.zeros(layout.d)
     server = method.init_server(start)
-    sent = method.broadcast(server, "")
-    before = method.init_client(ClientInfo("", 1, layout), start)
-    upload, after = method.turn(sent, before, _NoTraining())
+    client = method.init_client(ClientInfo("", 1, layout), start)
+    ups = []
+    for round in range(1, min(rounds, 2) + 1):
+        sent = method.broadcast(server, "")
+        upload, client = method.turn(sent, client, _NoTraining())
+        ups.append(size_in_bytes(upload.vectors.values()))
+        server = method.aggregate(server, [upload], round)
     return Traffic(
-        state={name: size_in_bytes([vector]) for name, vector in sorted(after.vectors.items())},
+        state={name: size_in_bytes([vector]) for name, vector in sorted(client.vectors.items())},
         server=size_in_bytes(server.vectors.values()),
-        up=size_in_bytes(upload.vectors.values()),
+        ups=tuple(ups),
         down=size_in_bytes(sent.vectors.values()),
-        candidates=tuple(method.candidates(sent, after)),
+        candidates=tuple(method.candidates(sent, client)),
     )

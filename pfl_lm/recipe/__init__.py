@@ -4,6 +4,8 @@ from pfl_lm.recipe.averaging import (
     FedAdamOptions,
     FedAvgMOptions,
     FedProxOptions,
+    FFALoraOptions,
+    RoLoraOptions,
     ScaffoldOptions,
 )
 from pfl_lm.recipe.load import LoadedRecipe, load_recipe
@@ -13,7 +15,10 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
-from pfl_lm.recipe.personal import DittoOptions
+from pfl_lm.recipe.personal import (
+    DittoOptions,
+    FedSALoraOptions,
+)
 from pfl_lm.recipe.privacy import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
@@ -34,10 +39,12 @@ __all__ = [
     "ClientLevelOptions",
     "DataOptions",
     "DittoOptions",
+    "FFALoraOptions",
     "FedAdamOptions",
     "FedAvgMOptions",
     "FedAvgOptions",
     "FedProxOptions",
+    "FedSALoraOptions",
     "FederationOptions",
     "LoadedRecipe",
     "LocalOptions",
@@ -46,6 +53,7 @@ __all__ = [
     "PrivacyOptions",
     "Recipe",
     "RecordLevelOptions",
+    "RoLoraOptions",
     "RuntimeOptions",
     "ScaffoldOptions",
     "TrainingOptions",

@@ -94,3 +94,29 @@ class ScaffoldOptions(Options):
         gt=0,
         description="η_g of w_g ← w_g + η_g D, where D is the averaged change of a round.",
     )
+
+
+class FFALoraOptions(Options):
+    """FFA-LoRA: A stays as it was drawn, B alone is trained, sent and averaged, and exactly so.
+
+    Youbang Sun, Zitao Li, Yaliang Li and Bolin Ding, "Improving LoRA in Privacy-preserving
+    Federated Learning", arXiv 2403.12313.
+    """
+
+    name: Literal["ffa_lora"] = Field(
+        description="One shared adapter whose A factors never change; only B travels."
+    )
+    weighting: Weighting = "examples"
+
+
+class RoLoraOptions(Options):
+    """RoLoRA: B in odd rounds and A in even ones is trained, sent and averaged, exactly so.
+
+    Shuangyi Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of
+    LoRA", arXiv 2502.01755.
+    """
+
+    name: Literal["rolora"] = Field(
+        description="One shared adapter; its B and A factors take turns, round by round."
+    )
+    weighting: Weighting = "examples"

@@ -10,11 +10,16 @@ from pfl_lm.recipe.averaging import (
     FedAdamOptions,
     FedAvgMOptions,
     FedProxOptions,
+    FFALoraOptions,
+    RoLoraOptions,
     ScaffoldOptions,
     Weighting,
 )
 from pfl_lm.recipe.options import Options, broken
-from pfl_lm.recipe.personal import DittoOptions
+from pfl_lm.recipe.personal import (
+    DittoOptions,
+    FedSALoraOptions,
+)
 from pfl_lm.recipe.scalars import show
 
 _NO_START = {"personalized_start": False, "correction": "none"}
@@ -178,6 +183,9 @@ MethodOptions = Annotated[
     | FedAdamOptions
     | ScaffoldOptions
     | DittoOptions
+    | FFALoraOptions
+    | FedSALoraOptions
+    | RoLoraOptions
     | LocalOptions,
     Field(discriminator="name"),
 ]
@@ -190,5 +198,8 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "fedadam": FedAdamOptions,
     "scaffold": ScaffoldOptions,
     "ditto": DittoOptions,
+    "ffa_lora": FFALoraOptions,
+    "fedsa_lora": FedSALoraOptions,
+    "rolora": RoLoraOptions,
     "local": LocalOptions,
 }

@@ -27,3 +27,16 @@ class DittoOptions(Options):
         "the personal adapter is that of local.",
     )
     weighting: Weighting = "examples"
+
+
+class FedSALoraOptions(Options):
+    """FedSA-LoRA: both factors are trained, A is averaged, and B stays with its client.
+
+    Pengxin Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+    arXiv 2410.01463.
+    """
+
+    name: Literal["fedsa_lora"] = Field(
+        description="Shared A factors, and B factors of each client's own."
+    )
+    weighting: Weighting = "examples"

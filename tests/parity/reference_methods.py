@@ -48,6 +48,12 @@ class Federation:
         n = {client: len(examples(self.folder, client)) for client in vectors}
         return sum(n[k] * vectors[k] for k in vectors) / sum(n.values())  # type: ignore[return-value]
 
+    def only(self, factor: str) -> Tensor:
+        """1 where a number belongs to an A or a B factor, else 0."""
+        named = [(n, p) for n, p in self.plain.model.named_parameters() if p.requires_grad]
+        parts = [torch.full((p.numel(),), f"lora_{factor}" in name) for name, p in named]
+        return torch.cat(parts).double()
+
 
 def descend(
     w: Tensor, gradients: list[Gradient], eta: float, more: Gradient | None = None
@@ -141,3 +147,37 @@ def ditto(fed: Federation, lam: float) -> tuple[Tensor, Held, Held]:
             v[k] = descend(v[k], gradients, fed.eta, pull)
         shared = fed.mean(ends)
     return shared, ends, v
+
+
+def ffa_lora(fed: Federation) -> tuple[Tensor, Held]:
+    """Sun et al. 2024: only B is trained and averaged; A is the first draw for ever."""
+    shared, ends, b = fed.start.double(), {}, fed.only("B")
+    for round in range(1, fed.rounds + 1):
+        for k in fed.clients:
+            gradients = [lambda w, g=g: b * g(w) for g in fed.gradients(k, round)]
+            ends[k] = descend(shared, gradients, fed.eta)
+        shared = fed.mean(ends)
+    return shared, ends
+
+
+def fedsa_lora(fed: Federation) -> tuple[Tensor, Held]:
+    """Guo et al. 2025: every client trains both; A is averaged, B stays."""
+    a, b = fed.only("A"), fed.only("B")
+    shared_a, own = a * fed.start.double(), dict.fromkeys(fed.clients, fed.start.double())
+    for round in range(1, fed.rounds + 1):
+        for k in fed.clients:
+            own[k] = descend(shared_a + b * own[k], fed.gradients(k, round), fed.eta)
+        shared_a = a * fed.mean(own)
+    return shared_a, own
+
+
+def rolora(fed: Federation) -> tuple[Tensor, Held]:
+    """Chen et al. 2025: B in odd rounds, A in even ones."""
+    shared, ends = fed.start.double(), {}
+    for round in range(1, fed.rounds + 1):
+        turn = fed.only("B" if round in (1, 3, 5) else "A")
+        for k in fed.clients:
+            gradients = [lambda w, g=g, turn=turn: turn * g(w) for g in fed.gradients(k, round)]
+            ends[k] = descend(shared, gradients, fed.eta)
+        shared = fed.mean(ends)
+    return shared, ends

@@ -219,3 +219,57 @@ def test_a_pull_does_not_touch_dittos_shared_path(tmp_path: Path) -> None:
         assert torch.equal(one["weights"], other["weights"])
         away = [(kept["personal"] - global_weights(weak)).norm() for kept in (one, other)]
         assert away[1] < away[0]
+
+
+# --- ffa_lora, fedsa_lora, rolora ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora"])
+def test_one_shared_adapter_by_factors_is_its_paper(
+    tmp_path: Path, start: Tensor, federation: Federation, name: str
+) -> None:
+    folder = run_uneven(tmp_path, name)
+    shared, ends = getattr(reference, name)(federation)
+    without, plain_ends = reference.fedprox(federation, mu=0.0)
+    check(global_weights(folder), shared, start, without)
+    for client in CLIENTS:
+        check(state(folder, client)["weights"], ends[client], start, plain_ends[client])
+
+
+def test_fedsa_lora_is_its_paper(tmp_path: Path, start: Tensor, federation: Federation) -> None:
+    folder = run_uneven(tmp_path, "fedsa_lora")
+    shared_a, own = reference.fedsa_lora(federation)
+    without, plain_ends = reference.fedprox(federation, mu=0.0)
+    a = federation.only("A").bool()
+    server = load_file(folder / "server" / f"state-{ROUNDS}.safetensors")
+    assert server.keys() == {"global_A"}
+    check(server["global_A"], shared_a[a], start[a], without[a])
+    for client in CLIENTS:
+        check(state(folder, client)["weights"], own[client], start, plain_ends[client])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora"])
+def test_a_factor_of_one_client_is_a_plain_loop_over_it(
+    tmp_path: Path, start: Tensor, name: str, optimizer: str
+) -> None:
+    """Bit for bit; the optimizer begins anew in every round."""
+    changes = {"training.optimizer": optimizer, "training.learning_rate": 0.02}
+    folder = run(tmp_path, ("alice",), **{"method.name": name}, **changes)
+    plain = PlainClient(tiny_model(), start)
+    named = [p for p in plain.model.named_parameters() if p[1].requires_grad]
+    for round in range(1, ROUNDS + 1):
+        factor = "A" if name == "rolora" and round == 2 else "B"
+        trained = [parameter for key, parameter in named if f"lora_{factor}" in key]
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        base = kind(trained, lr=0.02, weight_decay=0.0)
+        plain.fit(batches(tmp_path, "alice", round), base)
+    assert torch.equal(global_weights(folder), plain.w)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fedsa_lora_with_one_client_is_fedavg_with_one(tmp_path: Path, optimizer: str) -> None:
+    changes = {"training.optimizer": optimizer, "training.learning_rate": 0.02}
+    one = run(tmp_path / "a", ("alice",), **{"method.name": "fedsa_lora"}, **changes)
+    other = run(tmp_path / "b", ("alice",), **{"method.name": "fedavg"}, **changes)
+    assert torch.equal(state(one, "alice")["weights"], state(other, "alice")["weights"])

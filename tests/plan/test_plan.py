@@ -61,7 +61,7 @@ def test_the_run_is_as_planned(tmp_path: Path, method: str, fraction: float) -> 
         clients = ledger.execute(
             "SELECT client, slug, n_train, n_validation, n_test FROM clients ORDER BY client"
         ).fetchall()
-    assert {turn[:2] for turn in turns} == {(plan.traffic.up, plan.traffic.down)}
+    assert {turn[:2] for turn in turns} == {(up, plan.traffic.down) for up in plan.traffic.ups}
     assert plan.steps == sum(turn[2] for turn in turns)
     assert [size for (size,) in cohorts] == list(plan.in_round)
     assert clients == [(c.id, c.id, c.train, c.validation, c.test) for c in plan.clients]
@@ -75,6 +75,21 @@ def test_the_most_on_disk_is_while_a_round_goes_on(tmp_path: Path) -> None:
     one = 4 * plan.layout.d
     assert plan.disk.at_most == one * (3 * (4 + 4 + 1) + 2)
     assert plan.disk.at_end == one * (3 * (4 + 1) + 1 + 1)
+
+
+def test_a_method_that_sends_one_factor_after_the_other_is_counted_round_by_round(
+    tmp_path: Path,
+) -> None:
+    """On the tiny backbone A is larger than B, since v_proj is narrower than its input."""
+    plan = planned(tmp_path, **{"method.name": "rolora"})
+    sizes = {
+        f: sum(4 * (e.stop - e.start) for e in plan.layout.entries if e.factor == f) for f in "AB"
+    }
+    assert sizes["A"] > sizes["B"]
+    assert plan.traffic.ups == (sizes["B"], sizes["A"])
+    assert (plan.traffic.up, plan.traffic.down) == (sizes["A"], sizes["A"] + sizes["B"])
+    once = planned(tmp_path, **{"method.name": "rolora", "federation.rounds": 1})
+    assert once.traffic.ups == (sizes["B"],)
 
 
 def test_clients_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,7 +106,7 @@ def test_a_round_that_is_done_again_has_the_same_noise() -> None:
     assert not torch.equal(after(1, 5), after(1, 6))
 
 
-@pytest.mark.parametrize("method", ["fedavg", "pflalign"])
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "ditto", "pflalign"])
 def test_methods_average_through_it(method: str) -> None:
     rules = METHODS[method](
         METHOD_OPTIONS[method].model_validate({"name": method}), setup(level(0.5))
@@ -114,6 +116,35 @@ def test_methods_average_through_it(method: str) -> None:
     torch.testing.assert_close(
         server.vectors["global_weights"].double(), by_hand(sent, 0.5, round=4), rtol=0, atol=5e-7
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "factor", "round"),
+    [("ffa_lora", "B", 4), ("fedsa_lora", "A", 4), ("rolora", "B", 3), ("rolora", "A", 4)],
+)
+def test_methods_that_send_a_factor_average_it_through_it(
+    method: str, factor: Literal["A", "B"], round: int
+) -> None:
+    rules = METHODS[method](
+        METHOD_OPTIONS[method].model_validate({"name": method}), setup(level(0.5))
+    )
+    start = LAYOUT.factor(START, factor)
+    sent = [
+        Upload({factor: LAYOUT.factor(upload.vectors["weights"], factor)}, 1.0)
+        for upload in uploads(0.2, 3.0)
+    ]
+    server = rules.aggregate(rules.init_server(START), sent, round).vectors
+    found = server.get("global_A")
+    if found is None:
+        found = LAYOUT.factor(server["global_weights"], factor)
+    total = torch.zeros(D // 2, dtype=torch.float64)
+    for upload in sent:
+        change = upload.vectors[factor].double() - start.double()
+        total += change * min(1.0, C / float(change.norm()))
+    generator = torch.Generator().manual_seed(derive_seed(77, "server noise", round))
+    noise = torch.randn(D // 2, generator=generator, dtype=torch.float64)
+    wanted = start.double() + (total + 0.5 * C * noise) / 2
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-7)
 
 
 def test_a_second_vector_is_not_averaged_without_noise() -> None:

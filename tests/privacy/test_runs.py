@@ -15,6 +15,7 @@ import pytest
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.finetune import RunResult, finetune
+from pfl_lm.methods import METHODS
 from pfl_lm.plan import make_plan
 from pfl_lm.preflight import check_recipe
 from pfl_lm.privacy.spent import NO_LEVER, ClientSpent, largest, said, spent, spent_by_client
@@ -71,7 +72,7 @@ def secret_of(result: RunResult) -> str:
     return str(found)
 
 
-@pytest.mark.parametrize("method", ["pflalign", "fedavg", "local"])
+@pytest.mark.parametrize("method", ["pflalign", "fedavg", "ditto", "rolora", "local"])
 def test_a_run_ends_well_and_its_ledger_knows_what_was_spent(tmp_path: Path, method: str) -> None:
     listener = Listener()
     result = run(tmp_path, listener, **{"method.name": method})
@@ -83,14 +84,14 @@ def test_a_run_ends_well_and_its_ledger_knows_what_was_spent(tmp_path: Path, met
     for client, _, summary in spent:
         n_train = next(c for c in result.clients if c.client == client)
         assert n_train
-        assert summary["dp_steps"] == 2
+        assert summary["dp_steps"] == 2 * METHODS[method].fits
         assert summary["dp_noise_multiplier"] == 1.0
         assert summary["dp_sample_rate"] == pytest.approx(2 / 5)  # of 6 train rows 1 is held out
         assert not [key for key in summary if key.startswith("loss")]
     assert [report.train_loss for report in listener.reports] == [None, None, None]
 
 
-@pytest.mark.parametrize("method", ["pflalign", "fedavg"])
+@pytest.mark.parametrize("method", ["pflalign", "fedavg", "ffa_lora"])
 def test_a_run_with_noise_on_the_mean_ends_well(tmp_path: Path, method: str) -> None:
     """The shared adapter is noised; with the same noise, and both levers, the same run again."""
     changes = {"method": {"name": method, "weighting": "uniform"}, "privacy.client_level": CLIENT}

@@ -109,7 +109,7 @@ def test_a_key_of_another_section(tmp_path: Path) -> None:
 
 
 NAMES = ", ".join(METHOD_OPTIONS)
-AVERAGING = "pflalign, fedavg, fedprox, fedavgm, fedadam and ditto"
+AVERAGING = "pflalign, fedavg, fedprox, fedavgm, fedadam, ditto, ffa_lora, fedsa_lora and rolora"
 METHODS = [
     (
         "{}",
@@ -162,6 +162,11 @@ METHODS = [
     ("{name: ditto, lam: -1}", "method.lam: must be a number of at least 0, got -1"),
     ("{name: ditto, lambda: 0.1}", "method.lambda: unknown key. Did you mean `method.lam`?"),
     ("{name: fedprox, lam: 0.1}", "method.lam: `lam` is an option of ditto, not of fedprox"),
+    ("{name: FFA-LoRA}", f"method.name: must be one of {NAMES}, got 'FFA-LoRA'. Did you mean `ff"),
+    ("{name: FedSA-LoRA}", f"method.name: must be one of {NAMES}, got 'FedSA-LoRA'. Did you mean"),
+    ("{name: rolora, mu: 0.1}", "method.mu: `mu` is an option of fedprox, not of rolora"),
+    ("{name: ffa_lora, beta: 0.1}", "method.beta: `beta` is an option of pflalign, not of ffa_lo"),
+    ("{name: fedsa_lora, lam: 1}", "method.lam: `lam` is an option of ditto, not of fedsa_lora"),
     ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
     (
