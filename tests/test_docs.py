@@ -18,7 +18,7 @@ from tests.test_rooms import ORDER
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pfl_lm"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-MANUAL = [*sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("README.md")]
+MANUAL = [*sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("README.md")]
 PAGES = [*MANUAL, *sorted((ROOT / "recipes").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORTENED = ("data", "federation", "training")

@@ -205,9 +205,7 @@ def test_an_upload_answers_what_was_sent(world: World, name: str) -> None:
     _, _, uploads = federate(world, method, CLIENTS, rounds=1)
     sent = method.broadcast(method.init_server(world.start), "")
     for upload in uploads:
-        assert len(upload.vectors) == (
-            name != "local"
-        )  # all that privacy.client_level accounts for
+        assert len(upload.vectors) == (name != "local")  # client-level noise is for one
         for part, vector in upload.vectors.items():
             assert vector.shape == sent.vectors[f"{SHARED}{part}"].shape
     weights = [upload.weight for upload in uploads]
