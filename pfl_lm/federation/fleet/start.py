@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
@@ -40,7 +42,16 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
             f"{_launched()}",
             hint=f"start it with  {_TWO_RANKS}",
         )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
     return accelerator
+
+
+def _leave() -> None:
+    """End the connection before the interpreter does, which may find its threads at work."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the others may be gone
+            dist.destroy_process_group()
 
 
 def rank_0_first(accelerator: Accelerator, prepare: Callable[[], Made]) -> Made:
