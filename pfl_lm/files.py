@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> str:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with unfinished.open("wb") as file:
                 file.write(content)
@@ -61,6 +61,19 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that a power cut takes none of them.
+
+    Raises:
+        OSError: no space, no permission, or something else has the name.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)  # another rank may be making it
+    _sync_folder(folder.parent)
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
         "method": recipe.method.name,
         "backbone": fixed.backbone.fingerprint,
         **({"trace": sha256_of(Path(trace))} if (trace := recipe.federation.availability) else {}),
-        "device": str(fixed.accelerator.device),
+        "device": fixed.accelerator.device.type,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "pfl_lm": pfl_lm.__version__,

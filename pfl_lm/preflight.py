@@ -17,7 +17,7 @@ from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError, RecipeError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
-from pfl_lm.federation.folder import LOCK, NOT_BEGUN
+from pfl_lm.federation.folder import LEDGER, LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
 from pfl_lm.recipe.checks import (
     refuse_many_threads,
@@ -87,7 +87,7 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
 def refuse_occupied(folder: Path) -> None:
     """Check that a run can be written to ``folder``: nothing is in it and it can be made.
 
-    What a process has left that was killed before its run began does not count.
+    What a process has left that was ended before its run began does not count.
 
     Raises:
         RunFolderError: it is a file or not empty, or the nearest folder above it is not writable.
@@ -113,8 +113,8 @@ def _is_free(folder: Path) -> bool:
     there = {path.name for path in folder.iterdir()}
     if not there:
         return True
-    # The lock is the first file of every run, so a recipe without one is somebody's own.
-    ours = LOCK in there and all(NOT_BEGUN.fullmatch(name) for name in there)
+    # Lock and ledger are the first files of every run: a recipe without them is somebody's own.
+    ours = bool({LOCK, LEDGER} & there) and all(NOT_BEGUN.fullmatch(name) for name in there)
     return ours and not has_begun(folder)
 
 

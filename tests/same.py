@@ -18,10 +18,20 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def results_in(folder: Path) -> dict[str, bytes]:
-    """Return every file of a run but those that hold clocks or its own place."""
-    files = files_in(folder)
-    return {n: c for n, c in files.items() if n not in PATHS and "federation.sqlite" not in n}
+def results_in(folder: Path, apart: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Return every file of a run but those that hold clocks or its own place.
+
+    What begins like one of ``apart`` is left out as well.
+    """
+    apart = (*apart, *PATHS, "federation.sqlite")
+    return {name: c for name, c in files_in(folder).items() if not name.startswith(apart)}
+
+
+def folders_in(folder: Path, apart: tuple[str, ...] = ()) -> list[str]:
+    """Return every folder below a folder by its path, ending in a slash."""
+    found = (path for path in folder.rglob("*") if path.is_dir())
+    names = (path.relative_to(folder).as_posix() + "/" for path in found)
+    return sorted(name for name in names if not name.startswith(apart))
 
 
 def facts_in(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
@@ -37,9 +47,10 @@ def facts_in(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def check_same(one: Path, other: Path) -> None:
-    """Compare two run folders, file by file and row by row."""
-    files, others = results_in(one), results_in(other)
+def check_same(one: Path, other: Path, apart: tuple[str, ...] = ()) -> None:
+    """Compare two run folders, file by file and row by row; ``apart`` as in `results_in`."""
+    files, others = results_in(one, apart), results_in(other, apart)
     assert files.keys() == others.keys()
+    assert folders_in(one, apart) == folders_in(other, apart)
     assert [name for name in files if files[name] != others[name]] == []
     assert facts_in(one) == facts_in(other)

@@ -1,7 +1,8 @@
 """A disk that fills up, or cannot be written to, while a run goes on.
 
 Wherever it happens, the user is told what to do, no file stands under its final name half written,
-and what the ledger has committed can still be read.
+and what the ledger has committed can still be read. Once there is room the same run goes on, and
+ends as one that always had it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import pfl_lm.federation.schema
+import pfl_lm.finetune
 from pfl_lm.cli.app import app
 from pfl_lm.errors import RunFolderError
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.recipe.yaml12 import read_yaml
+from tests.same import check_same
 from tests.tiny import tiny_recipe
 
 ROOM = "make room on this disk; what was committed before is intact"
@@ -68,6 +71,22 @@ def check_what_is_left(folder: Path) -> None:
                 assert hashlib.sha256(content).hexdigest() == sha256
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one round that always had room. Read it only."""
+    place = tmp_path_factory.mktemp("expected")
+    assert run(tiny_recipe(place, **ONE_ROUND)) == (0, "")
+    return place / "runs" / "tiny"
+
+
+def check_goes_on(
+    recipe: Path, expected: Path, *overrides: str, folder: Path | None = None
+) -> None:
+    """Go on with a run that has failed, now that nothing is in its way."""
+    assert run(recipe, *overrides, "--resume") == (0, "")
+    check_same(folder or recipe.parent / "runs" / "tiny", expected, apart=("logs/",))
+
+
 # --- any single write -----------------------------------------------------------------------------
 
 
@@ -92,7 +111,7 @@ def run(recipe: Path, *overrides: str) -> tuple[int, str]:
 
 
 def run_failing(
-    tmp_path: Path, what: str, k: float, code: int = errno.ENOSPC
+    tmp_path: Path, what: str, k: float, code: int = errno.ENOSPC, *overrides: str
 ) -> tuple[int, str, int]:
     """Run with ``os.fsync`` or ``Path.replace`` failing from the k-th call on; count the calls."""
     recipe = tiny_recipe(tmp_path, **ONE_ROUND)
@@ -100,7 +119,7 @@ def run_failing(
     fails = FailsFrom(getattr(owner, what), k, code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, what, lambda *given, **named: fails(*given, **named))
-        exit_code, said = run(recipe)
+        exit_code, said = run(recipe, *overrides)
     return exit_code, said, fails.calls
 
 
@@ -113,34 +132,79 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         assert (code, said) == (0, "")
         found[what] = n
     assert found["replace"] >= 20
-    assert found["fsync"] == 2 * found["replace"]  # each file, and each file's folder
+    assert found["fsync"] > 2 * found["replace"]  # each file, its folder, and that of a new folder
     return found
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.45, 0.6, 0.8, 0.95, 1])
 @pytest.mark.parametrize("what", ["fsync", "replace"])
 def test_a_full_disk_at_any_write(
-    tmp_path: Path, calls: dict[str, int], what: str, share: float
+    tmp_path: Path, calls: dict[str, int], expected: Path, what: str, share: float
 ) -> None:
     k = 1 + round(share * (calls[what] - 1))
     code, said, _ = run_failing(tmp_path, what, k)
-    folder = tmp_path / "runs" / "tiny"
+    check_says_full(code, said, tmp_path / "runs")
+    check_what_is_left(tmp_path / "runs" / "tiny")
+    check_goes_on(tmp_path / "recipe.yaml", expected)
+
+
+def check_says_full(code: int, said: str, runs: Path) -> None:
     assert code == 2
-    assert said.startswith(f"{folder}{os.sep}")
+    assert said.startswith(f"{runs}{os.sep}")
     assert said.endswith(f": cannot be written: No space left on device\n  hint: {ROOM}\n")
-    check_what_is_left(folder)
 
 
-def test_a_disk_that_becomes_read_only(tmp_path: Path, calls: dict[str, int]) -> None:
+def test_a_disk_that_becomes_read_only(
+    tmp_path: Path, calls: dict[str, int], expected: Path
+) -> None:
     code, said, _ = run_failing(tmp_path, "replace", calls["replace"] // 2, errno.EROFS)
     assert code == 2
     assert said.endswith(f": cannot be written: Read-only file system\n  hint: {WRITABLE}\n")
     check_what_is_left(tmp_path / "runs" / "tiny")
+    check_goes_on(tmp_path / "recipe.yaml", expected)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7])
+def test_a_disk_that_is_full_again_when_the_run_goes_on(
+    tmp_path: Path, calls: dict[str, int], expected: Path, share: float
+) -> None:
+    """Full in the middle; then, three times over, a little further on."""
+    folder = tmp_path / "runs" / "tiny"
+    run_failing(tmp_path, "replace", calls["replace"] // 3)
+    for k in (1, 2, 1 + round(share * calls["replace"] // 2)):
+        code, said, _ = run_failing(tmp_path, "replace", k, errno.ENOSPC, "--resume")
+        check_says_full(code, said, tmp_path / "runs")
+        check_what_is_left(folder)
+    check_goes_on(tmp_path / "recipe.yaml", expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 11, 13])  # config, weights, card; global's; the index
+def test_a_disk_that_is_full_while_adapters_are_exported(
+    tmp_path: Path, expected: Path, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, fails = (
+        tiny_recipe(tmp_path, **ONE_ROUND),
+        FailsFrom(Path.replace, math.inf, errno.ENOSPC),
+    )
+    exporting = pfl_lm.finetune.export_adapters
+
+    def export(*given: Any) -> Any:
+        fails.k = fails.calls + k
+        return exporting(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pfl_lm.finetune, "export_adapters", export)
+        patch.setattr(Path, "replace", lambda *given: fails(*given))
+        code, said = run(recipe)
+    check_says_full(code, said, tmp_path / "runs" / "tiny")
+    assert ("/adapters/" in said) == (k < 10)
+    check_what_is_left(tmp_path / "runs" / "tiny")
+    check_goes_on(recipe, expected)
 
 
 @pytest.mark.parametrize("spare", [0, 2, 4, 8])
 def test_a_ledger_that_finds_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path, spare: int
 ) -> None:
     """Allow the ledger a few small pages beyond those of its empty tables."""
     connect, create = sqlite3.connect, Ledger.__init__
@@ -155,7 +219,7 @@ def test_a_ledger_that_finds_no_room(
         [(pages,)] = self._connection.execute("PRAGMA page_count")
         self._connection.execute(f"PRAGMA max_page_count = {pages + spare}").fetchall()
 
-    recipe = tiny_recipe(tmp_path, **{"federation.rounds": 4})
+    recipe = tiny_recipe(tmp_path, **ONE_ROUND)
     with monkeypatch.context() as patch:
         patch.setattr(pfl_lm.federation.schema.sqlite3, "connect", small)
         patch.setattr(Ledger, "__init__", created)
@@ -164,6 +228,7 @@ def test_a_ledger_that_finds_no_room(
     full = f"{ledger}: cannot be written: database or disk is full\n  hint: {ROOM}\n"
     assert (code, said) == (2, full)
     check_what_is_left(ledger.parent)
+    check_goes_on(recipe, expected)
 
 
 # --- a real disk ----------------------------------------------------------------------------------
@@ -192,8 +257,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 112, 128, 160, 192, 224, 256, 320, 384])
-def test_a_disk_that_is_too_small(tmp_path: Path, disk: Disk, size: int) -> None:
-    check_too_small(tiny_recipe(tmp_path, **ONE_ROUND), disk(f"size={size}k"))
+def test_a_disk_that_is_too_small(tmp_path: Path, disk: Disk, expected: Path, size: int) -> None:
+    check_too_small(tiny_recipe(tmp_path, **ONE_ROUND), disk(f"size={size}k"), expected)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -201,11 +266,15 @@ def test_a_disk_that_is_too_small(tmp_path: Path, disk: Disk, size: int) -> None
 def test_a_disk_that_is_too_small_for_tensorboard(tmp_path: Path, disk: Disk, size: int) -> None:
     """Its writer's thread says so in its own way; the run must still end in ours."""
     pytest.importorskip("tensorboard", reason='pip install "pfl-lm[tracking]"')
-    recipe = tiny_recipe(tmp_path, **ONE_ROUND, **{"runtime.tracking": "tensorboard"})
-    check_too_small(recipe, disk(f"size={size}k"))
+    changes = {**ONE_ROUND, "runtime.tracking": "tensorboard"}
+    (tmp_path / "expected").mkdir()
+    assert run(tiny_recipe(tmp_path / "expected", **changes)) == (0, "")
+    expected = tmp_path / "expected" / "runs" / "tiny"
+    recipe = tiny_recipe(tmp_path, **changes)
+    check_too_small(recipe, disk(f"size={size}k"), expected)
 
 
-def check_too_small(recipe: Path, place: Path) -> None:
+def check_too_small(recipe: Path, place: Path, expected: Path) -> None:
     code, said = run(recipe, f"runtime.output_dir={place}")
     assert code == 2
     message, hint = said.splitlines()[-2:]
@@ -214,6 +283,7 @@ def check_too_small(recipe: Path, place: Path) -> None:
     assert "room" in hint
     subprocess.run(["mount", "-o", "remount,size=4m", str(place)], check=True)  # as the hint says
     check_what_is_left(place / "tiny")
+    check_goes_on(recipe, expected, f"runtime.output_dir={place}", folder=place / "tiny")
 
 
 def test_a_disk_that_is_large_enough(tmp_path: Path, disk: Disk) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pfl_lm.errors import RunFolderError
@@ -41,7 +41,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(path)
-        path.unlink(missing_ok=True)  # while it is still ours
+        with suppress(OSError):  # on a disk that has become read-only it stays, and holds nobody up
+            path.unlink()  # while it is still ours
         os.close(descriptor)
 
 

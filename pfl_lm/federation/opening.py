@@ -6,18 +6,19 @@ before that may be thrown away; everything after it is gone on with.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pfl_lm.errors import PflError, RunFolderError, listed
-from pfl_lm.federation.folder import FOLDERS, GIVEN, LEDGER, RESOLVED
+from pfl_lm.federation.folder import FOLDERS, GIVEN, LEDGER, RESOLVED, UNFINISHED
 from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.lock import run_lock
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
-from pfl_lm.files import explained, write_atomically
+from pfl_lm.files import explained, make_folder, write_atomically
 from pfl_lm.recipe import LoadedRecipe
 
 _MAY_DIFFER = (
@@ -33,16 +34,19 @@ def begun(
     """Begin a run in a folder that is free, and hold it while the body runs.
 
     Raises:
-        RunFolderError: another process holds the folder, or it cannot be written.
+        RunFolderError: another process holds the folder, or has begun a run there, or it cannot be
+            written.
     """
     folder = loaded.run_folder
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with run_lock(folder):
-        write_atomically(folder / GIVEN, loaded.source_text.encode())
-        write_atomically(folder / RESOLVED, loaded.resolved().encode())
-        ledger = Ledger(folder / LEDGER)
+        _remove_unfinished(folder)
+        ledger = Ledger(folder / LEDGER)  # first, as a sign that what comes next is ours
         try:
+            _refuse_another_run(ledger, folder)
+            write_atomically(folder / GIVEN, loaded.source_text.encode())
+            write_atomically(folder / RESOLVED, loaded.resolved().encode())
             ledger.open_run({**about, "recipe": loaded.resolved()}, members)
             with _attempt(ledger):
                 yield ledger
@@ -93,6 +97,23 @@ def refuse_links(folder: Path) -> None:
             listed(f"{folder}: links in a run folder are not followed", links),
             hint="put the folders themselves in their places",
         )
+
+
+def _refuse_another_run(ledger: Ledger, folder: Path) -> None:
+    """Look once more, under the lock, at what was looked at before."""
+    if ledger.about():
+        raise RunFolderError(
+            f"{folder}: another process has begun a run here in the meantime",
+            hint=f"go on with it by `pfl-lm resume {shlex.quote(str(folder))}`",
+        )
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a process has left that was killed before the run began."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            with explained(path):
+                path.unlink()
 
 
 @contextmanager

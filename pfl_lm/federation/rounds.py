@@ -123,6 +123,8 @@ class Orchestrator:
             raise RateTooHighError(f"{client}: {fault.message}")
         if fault is not None:
             self._note(update, fault, self.ledger.commit_fault(round, client, fault))
+            if update.state is not None:  # written before the upload was looked at
+                self.store.discard([update.state.path])
             return
         file = self.store.save_upload(client, round, upload_of(update))
         self.ledger.commit_turn(update, file, bytes_down=size_in_bytes(sent.vectors.values()))

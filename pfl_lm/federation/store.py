@@ -6,6 +6,7 @@ that no row names is as good as absent. Numbers beside the tensors are JSON in t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,14 +78,13 @@ class Store:
         Raises:
             RunFolderError: one is no file of a run's state, or cannot be removed.
         """
+        emptied = set()
         for name in paths:
             path = self._place(name)
             with explained(path):
                 path.unlink(missing_ok=True)
-                folder = path.parent
-                while folder != self.run_folder and folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-                    folder = folder.parent
+            emptied.add(path.parent)
+        self._close_up(emptied)
 
     def check(self, files: Iterable[StateFile]) -> None:
         """Make sure that every file a ledger still needs is there and is the one it names.
@@ -107,7 +107,8 @@ class Store:
     def sweep(self, needed: Iterable[StateFile]) -> list[str]:
         """Remove what an interrupted run left half done, and return what that was.
 
-        That is: states and uploads that no row names any more or yet, and unfinished files.
+        That is: states and uploads that no row names any more or yet, unfinished files, and
+        folders with nothing in them.
         """
         keep = {file.path for file in needed}
         left = [
@@ -122,7 +123,22 @@ class Store:
                     with explained(self.run_folder / path):
                         (self.run_folder / path).unlink(missing_ok=True)
                     swept.append(path)
+        places = (place for folder in FOLDERS for place in self.run_folder.glob(folder))
+        self._close_up(place for place in places if not place.is_symlink())
         return swept
+
+    def _close_up(self, folders: Iterable[Path]) -> None:
+        """Remove folders of the run that are empty, and those above that this leaves empty."""
+        for folder in folders:
+            while folder != self.run_folder and folder.is_dir():
+                try:
+                    folder.rmdir()
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        break
+                    with explained(folder):
+                        raise
+                folder = folder.parent
 
     def _in(self, folders: str) -> list[str]:
         """Return the files in some folders, none of them reached through a link."""

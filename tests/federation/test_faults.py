@@ -233,6 +233,7 @@ def test_an_update_no_training_leads_to_is_a_fault(
     folder = run(tmp_path, **{"method.name": "fedavg", "federation.rounds": 1}).folder
     faults = facts_in(folder)["faults"]
     assert [row[1:4] for row in faults] == [("bob", 1, kind), ("bob", 2, kind)]
+    assert not (folder / "clients" / "bob").exists()  # the state its client wrote counts no more
     shared = load_file(folder / "server" / "state-1.safetensors")["global_weights"]
     assert shared.isfinite().all()
     assert shared.abs().max() < 10

@@ -126,6 +126,8 @@ def test_two_ranks_leave_the_same_bytes_as_one_process(
     alone, shared = (results_in(place / f"{n}-{name}" / "runs" / "tiny") for n in ("one", "two"))
     assert {"adapters.json", "metrics.csv", "adapters/bob/adapter_model.safetensors"} <= set(alone)
     assert shared == alone
+    facts = [facts_in(place / f"{n}-{name}" / "runs" / "tiny") for n in ("one", "two")]
+    assert facts[1]["run"] == facts[0]["run"]  # so that neither is told that it differs
     (_, out, _), (_, other_out, _) = ranks
     assert out.count("round 2/2") == len(RECIPES) + 1  # once for each recipe: one rank speaks
     assert other_out == ""

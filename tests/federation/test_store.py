@@ -123,6 +123,16 @@ def no_space(*args: Any, **options: Any) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_sweep_closes_up_what_an_interrupted_removal_left(store: Store) -> None:
+    """Killed after a file was removed and before its folder was."""
+    kept = store.save_client("c", 1, state())
+    for name in ("uploads/1", "clients/a-b"):
+        (store.run_folder / name).mkdir(parents=True)
+    assert store.sweep([kept]) == []
+    left = sorted(p.relative_to(store.run_folder).as_posix() for p in store.run_folder.rglob("*"))
+    assert left == ["clients", "clients/c", kept.path]
+
+
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new_one(
     store: Store, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -152,24 +162,50 @@ def test_a_full_disk_leaves_no_new_file_under_its_final_name(
     assert files_in(store.run_folder) == []
 
 
-@pytest.mark.parametrize("size", [0, 10, 100_000])  # below and above what Python buffers
-def test_a_file_gets_its_name_only_once_all_of_it_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    path, content, synced = tmp_path / "new" / "file", b"x" * size, []
-    fsync = os.fsync
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file and folder that is synced, as it is called at that moment."""
+    found, fsync = [], os.fsync
 
     def watched(descriptor: int) -> None:
-        written = os.fstat(descriptor).st_size
-        synced.append((path.exists(), "folder" if path.exists() else written))
+        found.append(Path(f"/proc/self/fd/{descriptor}").readlink())
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="takes Linux")
+@pytest.mark.parametrize("size", [0, 10, 100_000])  # below and above what Python buffers
+def test_a_file_gets_its_name_only_once_all_of_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, synced: list[Path]
+) -> None:
+    path, content, sizes = tmp_path / "file", b"x" * size, []
+    replace = Path.replace
+
+    def replaced(self: Path, target: Path) -> Path:
+        sizes.append(self.stat().st_size)
+        assert synced == [self]
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
     digest = write_atomically(path, content)
 
-    assert synced == [(False, size), (True, "folder")]
+    assert sizes == [size]
+    assert synced[1:] == [tmp_path]
     assert path.read_bytes() == content
     assert digest == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="takes Linux")
+def test_a_new_folder_is_on_disk_before_anything_in_it(tmp_path: Path, synced: list[Path]) -> None:
+    """A file that is synced in a folder that is not would be lost with it."""
+    a, b = tmp_path / "a", tmp_path / "a" / "b"
+    write_atomically(b / "one", b"1")
+    assert [path for path in synced if not path.name.startswith(".one")] == [tmp_path, a, b]
+    synced.clear()
+    write_atomically(b / "two", b"2")
+    assert [path for path in synced if not path.name.startswith(".two")] == [b]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
