@@ -74,7 +74,7 @@ def export_adapters(
         RunFolderError: the folder cannot be written.
     """
     run = _run_facts(recipe, side, backbone)
-    scores = _final_scores(ledger)
+    scores, traffic = _final_scores(ledger), ledger.traffic()
     spent = spent_by_client(ledger.summaries(), recipe.privacy, side.dataset.client_ids)
     results = []
     shared = None
@@ -88,7 +88,7 @@ def export_adapters(
         place = folder / "adapters" / slug
         sha256 = export_adapter(side.adapter, candidates[choice.candidate], backbone, place)
         result = ClientResult(client, slug, choice, scores[client], sha256, spent[client])
-        card = client_card(run, _client_facts(result, side, ledger))
+        card = client_card(run, _client_facts(result, side, traffic.get(client, (0, 0, 0))))
         write_atomically(place / CARD, card.encode())
         results.append(result)
         shared = candidates.get("global")
@@ -112,8 +112,10 @@ def _run_facts(recipe: Recipe, side: ClientSide, backbone: Backbone) -> RunFacts
     )
 
 
-def _client_facts(result: ClientResult, side: ClientSide, ledger: Ledger) -> ClientFacts:
-    turns, bytes_down, bytes_up = ledger.traffic().get(result.client, (0, 0, 0))
+def _client_facts(
+    result: ClientResult, side: ClientSide, traffic: tuple[int, int, int]
+) -> ClientFacts:
+    turns, bytes_down, bytes_up = traffic
     return ClientFacts(
         client=result.client,
         slug=result.slug,

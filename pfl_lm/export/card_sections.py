@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pfl_lm.export.card_privacy import privacy_lines
@@ -28,7 +29,7 @@ CANDIDATES = {
 """What each candidate is, in the order of tables; a method may have others."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunFacts:
     """What all cards of a run share. ``versions`` by package."""
 
@@ -36,6 +37,11 @@ class RunFacts:
     base: BaseModel
     clients: frozenset[str]
     versions: Mapping[str, str]
+
+    @cached_property
+    def shown_recipe(self) -> str:
+        """The recipe as cards show it, written once for all of them."""
+        return shown_recipe(self.recipe, self.clients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +213,7 @@ def _limits(run: RunFacts, spent: ClientSpent, *, shared: bool, uploads: bool) -
 def versions_and_recipe(run: RunFacts) -> str:
     """Return the end of a card: versions of what made it, and the whole recipe, folded away."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()))
-    recipe = fenced(shown_recipe(run.recipe, run.clients), "yaml")
+    recipe = fenced(run.shown_recipe, "yaml")
     return (
         f"## Versions\n\n{versions}\n\n"
         f"<details>\n<summary>Recipe, every default filled in</summary>\n\n{recipe}\n</details>\n"
