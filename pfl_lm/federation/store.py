@@ -6,7 +6,6 @@ that no row names is as good as absent. Numbers beside the tensors are JSON in t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,10 +132,10 @@ class Store:
             while folder != self.run_folder and folder.is_dir():
                 try:
                     folder.rmdir()
-                except OSError as error:
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                        break
+                except OSError:
                     with explained(folder):
+                        if any(folder.iterdir()):
+                            break
                         raise
                 folder = folder.parent
 
