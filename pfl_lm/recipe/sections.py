@@ -37,7 +37,10 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
     return value if value == "auto" else number(value)
 
 
-_Rate = Annotated[float, Field(gt=0)]
+MOST = 1_000_000
+"""The most of what is counted, such as rounds, steps and rows in a batch, and of scales."""
+
+_Rate = Annotated[float, Field(gt=0, le=MOST)]
 _OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
@@ -138,7 +141,7 @@ class AdapterOptions(Options):
 
     r: int = Field(default=8, ge=1, le=1024, description="Rank of the factors A and B.")
     lora_alpha: Annotated[float, AfterValidator(_whole_as_int)] = Field(
-        default=16, gt=0, description="Numerator of the adapter's scale lora_alpha / r."
+        default=16, gt=0, le=MOST, description="Numerator of the adapter's scale lora_alpha / r."
     )
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
@@ -201,7 +204,7 @@ class DataOptions(Options):
 class FederationOptions(Options):
     """Rounds and cohorts; names as in Flower."""
 
-    rounds: int = Field(ge=1, description="Number of federated rounds.", examples=[3])
+    rounds: int = Field(ge=1, le=MOST, description="Number of federated rounds.", examples=[3])
     fraction_train: float = Field(
         default=1.0, gt=0, le=1, description="Share of the clients that train in a round."
     )
@@ -218,26 +221,28 @@ class TrainingOptions(Options):
     max_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Optimizer steps of one client in one round; this or `local_epochs`.",
         examples=[4],
     )
     local_epochs: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Passes over a client's train rows in one round, in whole optimizer steps.",
     )
     per_device_train_batch_size: int = Field(
-        default=8, ge=1, description="Examples in one micro-batch."
+        default=8, ge=1, le=MOST, description="Examples in one micro-batch."
     )
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Micro-batches that make up one optimizer step."
+        default=1, ge=1, le=MOST, description="Micro-batches that make up one optimizer step."
     )
     optimizer: Literal["sgd", "adamw"] | None = Field(
         default=None,
         description="Not set: chosen by the method (sgd for pflalign on the gradient, else adamw).",
     )
     per_device_eval_batch_size: int = Field(
-        default=8, ge=1, description="Examples in one batch while scoring."
+        default=8, ge=1, le=MOST, description="Examples in one batch while scoring."
     )
 
     @model_validator(mode="after")
@@ -286,6 +291,7 @@ class RuntimeOptions(Options):
     threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
     tracking: Literal["none", "tensorboard"] = Field(
