@@ -58,11 +58,14 @@ class DataFile:
         """Read the file as it is.
 
         Raises:
-            DataError: it cannot be opened.
+            DataError: it cannot be opened, or not be read to its end.
         """
-        with _open(str(self.path)) as file:
-            for number, columns in self.kind.read(file):
-                yield RawRow(self, number, columns)
+        try:
+            with _open(str(self.path)) as file:
+                for number, columns in self.kind.read(file):
+                    yield RawRow(self, number, columns)
+        except OSError as error:
+            raise _unreadable(str(self.path), error) from None
 
 
 @dataclass(frozen=True, slots=True)
