@@ -69,8 +69,8 @@ def text_fault(value: object) -> str | None:
 
 def identifier_fault(name: str) -> str | None:
     """Say why a name cannot be shown to people, if it cannot."""
-    if any(unicodedata.category(letter) == "Cc" for letter in name):
-        return "holds a control character"
     if len(name) > MAX_IDENTIFIER:
         return f"is longer than {MAX_IDENTIFIER} characters"
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "holds a control character"
     return None if encodable(name) else "holds half a surrogate pair"

@@ -7,6 +7,7 @@ what would have to be skipped or guessed is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +62,7 @@ class DataFile:
         """Read the file as it is.
 
         Raises:
-            DataError: it cannot be opened.
+            DataError: it cannot be opened, or not be read to its end.
         """
         with open_file(str(self.path)) as file:
             for number, columns in self.kind.read(file):
@@ -152,20 +153,26 @@ def _check_together(files: list[DataFile], problems: Problems) -> None:
             problems.add(f"{other!r} and {file.path.name!r} are both of client {file.client!r}")
 
 
-def open_file(name: str, key: str = DATA) -> BinaryIO:
+@contextmanager
+def open_file(name: str, key: str = DATA) -> Iterator[BinaryIO]:
     """Open a file that the recipe names at ``key``.
 
     Raises:
-        DataError: it is not there or cannot be read.
+        DataError: it is not there, cannot be opened, or cannot be read while it is open.
     """
     try:
-        return open_ordinary(Path(name))
+        file = open_ordinary(Path(name))
     except FileNotFoundError:
         message = f"{key}: there is no file {name!r}."
         raise DataError(
             message, hint="a relative path is read from the recipe's folder; check the spelling"
         ) from None
     except (OSError, ValueError) as error:
+        raise _unreadable(name, error, key) from None
+    try:
+        with file:
+            yield file
+    except OSError as error:
         raise _unreadable(name, error, key) from None
 
 

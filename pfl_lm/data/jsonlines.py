@@ -13,7 +13,7 @@ Row: TypeAlias = dict[str, object] | str
 """A row by its columns, or in one sentence why it cannot be read."""
 
 MAX_LINE_BYTES = 16 * 2**20
-_PATIENCE = 64
+_PATIENCE = 16
 """How many times the longest line is skipped in search of the end of one that is longer."""
 
 BOM = b"\xef\xbb\xbf"

@@ -38,11 +38,11 @@ def read_parquet(file: BinaryIO) -> Iterator[tuple[int, Row]]:
         if column := twice(table.schema_arrow.names):
             yield 1, f"the column {short(column)} is there twice"
             return
-        chunks = _chunks(table.metadata)
-        held = sum(chunks)
+        groups = _groups(table.metadata)
+        held = sum(groups)
         if held <= limit:
             held = 0
-            at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max([1, *chunks])))
+            at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max([1, *groups])))
             for batch in table.iter_batches(batch_size=at_once):
                 held += _weight(batch)
                 if held > limit:
@@ -60,18 +60,16 @@ def read_parquet(file: BinaryIO) -> Iterator[tuple[int, Row]]:
         *(pyarrow.ArrowException, ArithmeticError, LookupError, MemoryError, OSError),
         *(RecursionError, TypeError, ValueError),
     ) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:200]
         yield number + 1, f"not readable as Parquet ({reason}). What follows was not read"
 
 
-def _chunks(metadata: Any) -> list[int]:
-    """Return the size of each column in each group of rows, as the file tells it."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    return [
-        group.column(i).total_uncompressed_size
-        for group in groups
-        for i in range(metadata.num_columns)
-    ]
+def _groups(metadata: Any) -> list[int]:
+    """Return the size of each group of rows, as the file tells it.
+
+    Not that of each column: to ask for one that is broken ends the process.
+    """
+    return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 
 def _rows(batch: Any) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pfl_lm.errors import ExportError
+from pfl_lm.recipe.scalars import brief
 from pfl_lm.sealed import read_sealed
 
 NAME = "adapters.json"
@@ -35,7 +36,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,80}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class _Strict(BaseModel):
@@ -141,7 +142,7 @@ def parse_index(content: bytes, where: str) -> AdapterIndex:
         return AdapterIndex.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        at = ".".join(str(part) for part in first["loc"]) or "the file"
+        at = ".".join(brief(str(part)) for part in first["loc"]) or "the file"
         raise ExportError(
             f"{where}: not an index of adapters as this version writes it: {at}: {first['msg']}",
             hint="run the recipe again with this version, or put the file back as it was written",

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pfl_lm.errors import ExportError
 from pfl_lm.export.card_text import Place, base_model, hub_id, load_section, with_load_section
-from pfl_lm.export.index import AdapterIndex, BaseEntry
-from pfl_lm.sealed import read_sealed
+from pfl_lm.export.index import AdapterIndex, BaseEntry, ClientEntry
+from pfl_lm.sealed import open_sealed, read_sealed
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 TOKENIZER = (
@@ -99,8 +99,12 @@ def client_files(
     slug = index.clients[client].slug
     make = partial(_content, run_folder, index, client, repo)
     optional = [name for name in (CARD, *TOKENIZER) if _is_there(run_folder, slug, name)]
-    names = (CONFIG, WEIGHTS, *optional)
-    return [OutgoingFile.of(f"clients/{slug}/{name}", partial(make, name)) for name in names]
+    texts = [
+        OutgoingFile.of(f"clients/{slug}/{name}", partial(make, name))
+        for name in (CONFIG, *optional)
+    ]
+    weights = _weights(run_folder, index.clients[client], partial(make, WEIGHTS))
+    return [texts[0], weights, *texts[1:]]
 
 
 def portable(index: AdapterIndex, clients: Iterable[str]) -> AdapterIndex:
@@ -117,11 +121,6 @@ def _content(run_folder: Path, index: AdapterIndex, client: str, repo: str, name
     path = f"adapters/{entry.slug}/{name}"
     limit = MAX_WEIGHTS_BYTES if name == WEIGHTS else MAX_TEXT_BYTES
     content = read_sealed(run_folder, path, limit)
-    if name == WEIGHTS and hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ExportError(
-            f"{run_folder / path}: not the adapter that adapters.json names (SHA-256 differs)",
-            hint="take the file as the run wrote it, or run the recipe again",
-        )
     if name == CONFIG:
         return _portable_config(content, run_folder / path)
     if name == CARD:
@@ -130,17 +129,35 @@ def _content(run_folder: Path, index: AdapterIndex, client: str, repo: str, name
     return content
 
 
+def _weights(run_folder: Path, entry: ClientEntry, make: Callable[[], bytes]) -> OutgoingFile:
+    """Look at an adapter piece by piece, so that a large one is in memory only when it is sent."""
+    name = f"adapters/{entry.slug}/{WEIGHTS}"
+    sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
+    with open_sealed(run_folder, name, MAX_WEIGHTS_BYTES) as (file, size):
+        git_sha1.update(b"blob %d\0" % size)
+        while piece := file.read(2**20):
+            sha256.update(piece)
+            git_sha1.update(piece)
+    if sha256.hexdigest() != entry.sha256:
+        raise ExportError(
+            f"{run_folder / name}: not the adapter that adapters.json names (SHA-256 differs)",
+            hint="take the file as the run wrote it, or run the recipe again",
+        )
+    path = f"clients/{entry.slug}/{WEIGHTS}"
+    return OutgoingFile(path, size, entry.sha256, git_sha1.hexdigest(), make)
+
+
 def _portable_config(content: bytes, where: Path) -> bytes:
     try:
         config = json.loads(content)
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ExportError(f"{where}: not a JSON object")
-    if hub_id(_text(config.get("base_model_name_or_path"))) is not None:
-        return content
-    config |= {"base_model_name_or_path": None, "revision": None}
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        if not isinstance(config, dict):
+            raise TypeError
+        if hub_id(_text(config.get("base_model_name_or_path"))) is not None:
+            return content
+        config |= {"base_model_name_or_path": None, "revision": None}
+        return (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError):
+        raise ExportError(f"{where}: not a JSON object") from None
 
 
 def _text(value: object) -> str | None:

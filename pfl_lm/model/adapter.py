@@ -11,7 +11,7 @@ looking for its name inside their keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from pfl_lm.errors import ExportError, ModelError
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.recipe.scalars import brief
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import AdapterOptions
 
 _NAME = "default"
+_SHOWN = 12
 _PREFIX = ("base_model", "model")
 
 
@@ -191,7 +193,7 @@ def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
     if unknown:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
         raise ModelError(
-            f"adapter.target_modules: {', '.join(map(repr, unknown))} not in this backbone. "
+            f"adapter.target_modules: {_named(unknown)} not in this backbone. "
             f"It has: {', '.join(leaves)}",
             hint=f"for example adapter.target_modules=[{', '.join(leaves[:2])}]",
         )
@@ -201,9 +203,15 @@ def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
     beyond = [n for n in options.layers_to_transform or () if n >= n_layers]
     if beyond:
         raise ModelError(
-            f"adapter.layers_to_transform: {beyond} not in this backbone, "
+            f"adapter.layers_to_transform: [{_named(beyond)}] not in this backbone, "
             f"which has layers 0 to {n_layers - 1}"
         )
+
+
+def _named(items: Sequence[object]) -> str:
+    """Return the first few, for a message."""
+    shown = ", ".join(brief(repr(item)) for item in items[:_SHOWN])
+    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ code that comes with a model is never run.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,13 +143,20 @@ def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:
 def not_loaded(source: str | Path, options: BackboneOptions, error: Exception) -> ModelError:
     """Return what to tell a person about a backbone that transformers could not load."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).is_dir():
+    if _is_folder(source):
         hint = "the folder needs config.json, tokenizer files and model.safetensors"
     elif options.revision is not None:
         hint = f"check that the Hub has revision {options.revision!r} of {source}"
     else:
         hint = (
             f"check the id on the Hub; for a gated model run `hf auth login`; without a network, "
-            f"run `hf download {source}` once where there is one"
+            f"run `hf download {shlex.quote(str(source))}` once where there is one"
         )
     return ModelError(f"backbone {source}: cannot be loaded: {reason}", hint=hint)
+
+
+def _is_folder(source: str | Path) -> bool:
+    try:
+        return Path(source).is_dir()
+    except OSError:  # too long for a name
+        return False

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
+MOST = 1_000_000
+"""The most of what is counted, such as rounds, steps and rows in a batch, and of scales."""
+
 BROKEN_RULE = "broken_rule"
 """The pydantic error type of every rule of ours; its message is written for people already."""
 

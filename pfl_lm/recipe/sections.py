@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.scalars import brief, show
 
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
@@ -37,7 +37,7 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
     return value if value == "auto" else number(value)
 
 
-_Rate = Annotated[float, Field(gt=0)]
+_Rate = Annotated[float, Field(gt=0, le=MOST)]
 _OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 
@@ -138,7 +138,7 @@ class AdapterOptions(Options):
 
     r: int = Field(default=8, ge=1, le=1024, description="Rank of the factors A and B.")
     lora_alpha: Annotated[float, AfterValidator(_whole_as_int)] = Field(
-        default=16, gt=0, description="Numerator of the adapter's scale lora_alpha / r."
+        default=16, gt=0, le=MOST, description="Numerator of the adapter's scale lora_alpha / r."
     )
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
@@ -201,7 +201,7 @@ class DataOptions(Options):
 class FederationOptions(Options):
     """Rounds and cohorts; names as in Flower."""
 
-    rounds: int = Field(ge=1, description="Number of federated rounds.", examples=[3])
+    rounds: int = Field(ge=1, le=MOST, description="Number of federated rounds.", examples=[3])
     fraction_train: float | None = Field(
         default=1.0,
         gt=0,
@@ -212,6 +212,7 @@ class FederationOptions(Options):
     clients_per_round: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Number of clients that train in a round; all, if fewer can be reached.",
     )
     sampling: Literal["uniform", "examples"] = Field(
@@ -225,7 +226,7 @@ class FederationOptions(Options):
         "client in a round, rounds from 1; after its last round it starts again.",
     )
     min_clients: int = Field(
-        default=1, ge=1, description="Number of clients that a round needs at least."
+        default=1, ge=1, le=MOST, description="Number of clients that a round needs at least."
     )
     seed: int | None = Field(
         default=None,
@@ -275,19 +276,21 @@ class TrainingOptions(Options):
     max_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Optimizer steps of one client in one round; this or `local_epochs`.",
         examples=[4],
     )
     local_epochs: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Passes over a client's train rows in one round, in whole optimizer steps.",
     )
     per_device_train_batch_size: int = Field(
-        default=8, ge=1, description="Examples in one micro-batch."
+        default=8, ge=1, le=MOST, description="Examples in one micro-batch."
     )
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Micro-batches that make up one optimizer step."
+        default=1, ge=1, le=MOST, description="Micro-batches that make up one optimizer step."
     )
     optimizer: Literal["sgd", "adamw"] | None = Field(
         default=None,
@@ -295,7 +298,7 @@ class TrainingOptions(Options):
         "scaffold, else adamw).",
     )
     per_device_eval_batch_size: int = Field(
-        default=8, ge=1, description="Examples in one batch while scoring."
+        default=8, ge=1, le=MOST, description="Examples in one batch while scoring."
     )
 
     @model_validator(mode="after")
@@ -344,6 +347,7 @@ class RuntimeOptions(Options):
     threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
     tracking: Literal["none", "tensorboard"] = Field(

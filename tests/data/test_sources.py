@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_a_line_longer_than_the_limit_is_skipped_and_named(tmp_path, monkeypatch
 
 def test_the_end_of_a_line_is_not_looked_for_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonlines, "MAX_LINE_BYTES", 2**10)
-    options = write(tmp_path, "[]", " " * 2**16, "[]", " " * 2**17, "[]")
+    options = write(tmp_path, "[]", " " * 2**14, "[]", " " * 2**15, "[]")
 
     assert problems(options) == [
         "line 1: expected an object {...}, got an array",
@@ -193,6 +194,20 @@ def test_a_path_that_is_too_long_for_one(tmp_path):
     assert refusal(Options(path)).message == (
         f"data.path: {path!r} cannot be read (File name too long)."
     )
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_that_cannot_be_read_to_its_end(tmp_path, monkeypatch, name):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    path = tmp_path / name
+    path.write_bytes(b"client,text\n")
+    opened = MagicMock(readline=fail)
+    opened.__enter__.return_value = opened
+    opened.__exit__.return_value = None
+    monkeypatch.setattr("pfl_lm.data.files.open_ordinary", lambda _: opened)
+    assert "Input/output error" in refusal(Options(str(path))).message
 
 
 def test_a_path_that_cannot_be_one():

@@ -45,6 +45,12 @@ BROKEN: list[tuple[tuple[str, ...], Any, str]] = [
     ((*ALICE, "slug"), "a\n", "clients.a.slug: String should match pattern"),
     ((*ALICE, "slug"), "", "clients.a.slug: String should match pattern"),
     ((*ALICE, "slug"), "x" * 81, "clients.a.slug: String should match pattern"),
+    (
+        ("run", "rounds"),
+        10**4000,
+        "run.rounds: Input should be less than or equal to 92233720368547",
+    ),
+    (("clients", "x" * 5000), 1, f"clients.{'x' * 57}...: Input should be an object"),
     ((*ALICE, "slug"), 7, "clients.a.slug: Input should be a valid string"),
     ((*ALICE, "slug"), "b", "the file: Value error, two clients have the same slug"),
     ((*ALICE, "sha256"), "0" * 63, "clients.a.sha256: String should match pattern"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,44 @@ def test_a_base_model_that_is_a_folder_is_not_told(
     hub.forget()
     push(run_folder, "--clients", "alice")
     assert hub.sent() == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*("[" * n + "]" * n for n in range(50, 1000, 50)), "NaN", "-Infinity", "1e999", "9" * 5000],
+)
+def test_a_config_that_cannot_go_out_without_its_folder(
+    value: str, run_folder: Path, hub: FakeHub
+) -> None:
+    config = run_folder / "adapters" / "bob" / "adapter_config.json"
+    config.write_text(f'{{"base_model_name_or_path": "/a/folder", "x": {value}}}')
+
+    code, _, stderr = push(run_folder, "--clients", "bob", "--dry-run")
+
+    if code:
+        assert (code, stderr) == (2, f"{config}: not a JSON object\n")
+    else:
+        assert value.startswith("[")
+    assert hub.sent() == []
+
+
+def test_a_large_adapter_is_looked_at_in_pieces(run_folder: Path, hub: FakeHub) -> None:
+    weights = run_folder / "adapters" / "bob" / "adapter_model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(9 * 2**30)
+
+    code, _, stderr = push(run_folder, "--dry-run")
+
+    assert (code, hub.sent()) == (2, [])
+    assert f"{weights}: larger than 8589934592 bytes\n" in stderr
+
+    with weights.open("wb") as file:
+        file.truncate(2**28)
+    tracemalloc.start()
+    code, _, stderr = push(run_folder, "--dry-run")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert code == 2
+    assert "SHA-256 differs" in stderr
+    assert peak < 2**26

@@ -177,6 +177,27 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path: Path) -> None:
     assert caught.value.hint is not None
 
 
+def test_an_id_that_is_too_long_for_a_folder_is_explained(tmp_path: Path) -> None:
+    name = "x" * 300
+    with pytest.raises(ModelError, match=r"backbone xxx.*: cannot be loaded: "):
+        planned(tmp_path, **{"backbone.model_name_or_path": name})
+
+
+def test_a_hint_is_safe_to_type(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        planned(tmp_path, **{"backbone.model_name_or_path": "x/y; touch z"})
+    assert "run `hf download 'x/y; touch z'` once" in str(caught.value.hint)
+
+
+def test_the_first_few_of_many_wrong_names_are_said(tmp_path: Path) -> None:
+    names = [f"m{i}" for i in range(3000)]
+    with pytest.raises(ModelError, match="'m11' and 2988 more not in this backbone") as caught:
+        planned(tmp_path, **{"adapter.target_modules": names})
+    assert len(caught.value.message) < 300
+    with pytest.raises(ModelError, match=r"\[2, .*, 13 and 88 more\] not in this backbone"):
+        planned(tmp_path, **{"adapter.layers_to_transform": list(range(102))})
+
+
 def test_the_rate_may_still_be_open(tmp_path: Path) -> None:
     assert planned(tmp_path, **{"training.learning_rate": "auto"}).steps == 12
 

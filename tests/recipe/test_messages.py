@@ -48,10 +48,13 @@ VALUES = [
     ("adapter: {r: 1025}", ["adapter.r: must be a whole number from 1 to 1024, got 1025"]),
     ("adapter: {lora_alpha: x}", ["adapter.lora_alpha: expected a number, got 'x'"]),
     ("adapter: {lora_alpha: true}", ["adapter.lora_alpha: expected a number, got true"]),
-    ("adapter: {lora_alpha: 0}", ["adapter.lora_alpha: must be a number greater than 0, got 0"]),
+    (
+        "adapter: {lora_alpha: 0}",
+        ["adapter.lora_alpha: must be a number greater than 0 and at most 1000000, got 0"],
+    ),
     (
         "adapter: {lora_alpha: .inf}",
-        ["adapter.lora_alpha: must be a finite number greater than 0, got inf"],
+        ["adapter.lora_alpha: must be a finite number greater than 0 and at most 1000000, got inf"],
     ),
     (
         "adapter: {lora_dropout: 1}",
@@ -85,7 +88,15 @@ VALUES = [
     ),
     ("adapter:", ["line 6  adapter: is empty; expected a mapping such as `adapter: {r: 8}`"]),
     ("adapter: 3", ["line 6  adapter: got 3, expected a mapping such as `adapter: {r: 8}`"]),
-    ("runtime: {threads: 0}", ["runtime.threads: must be a whole number of at least 1, got 0"]),
+    ("runtime: {threads: 0}", ["runtime.threads: must be a whole number from 1 to 1024, got 0"]),
+    (
+        f"adapter: {{lora_alpha: {10**300}}}",
+        ["adapter.lora_alpha: must be a number greater than 0 "],
+    ),
+    (
+        "runtime: {threads: 1000000}",
+        ["runtime.threads: must be a whole number from 1 to 1024, got"],
+    ),
     ("runtime: {output_dir: ''}", ["runtime.output_dir: must not be empty"]),
     ("runtime: {output_dir: 3}", ["runtime.output_dir: expected text, got 3; put it in quotes"]),
 ]
@@ -286,8 +297,33 @@ method: {name: pflalign}
         "`backbone: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}`",
         "  override adapter.r=0: must be a whole number from 1 to 1024, got 0",
         "  override federation.rounds=x: expected a whole number, got 'x'",
-        "  override adapter.lora_alpha=.nan: must be a finite number greater than 0, got nan",
+        "  override adapter.lora_alpha=.nan: must be a finite number greater than 0 "
+        "and at most 1000000, got nan",
     ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "federation.rounds",
+        *("training.max_steps", "training.local_epochs", "training.gradient_accumulation_steps"),
+        *("training.per_device_train_batch_size", "training.per_device_eval_batch_size"),
+    ],
+)
+def test_counts_have_an_end(tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"{key}=1000001")
+
+    assert f"{key}=1000001: must be a whole number from 1 to 1000000, got 1000001" in str(
+        caught.value
+    )
+
+
+def test_a_rate_that_no_float32_holds(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match="a number greater than 0 and at most 1000000, got 1e"
+    ) as _:
+        load(tmp_path, "training.learning_rate=1e39")
 
 
 RULES = [
@@ -327,9 +363,9 @@ RULES = [
     ),
     (
         ["federation.clients_per_round=0"],
-        "must be a whole number of at least 1, got 0",
+        "must be a whole number from 1 to 1000000, got 0",
     ),
-    (["federation.min_clients=0"], "must be a whole number of at least 1, got 0"),
+    (["federation.min_clients=0"], "must be a whole number from 1 to 1000000, got 0"),
     (
         ["federation.fraction_train=0"],
         "must be a number greater than 0 and at most 1, got 0",
