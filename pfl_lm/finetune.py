@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,18 +55,28 @@ class RunResult:
     clients: tuple[ClientResult, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The frozen backbone, with no adapter in it, and every client's examples in its tokens."""
+
+    backbone: Backbone
+    dataset: FederatedDataset
+
+
 def finetune(
     loaded: LoadedRecipe,
     watch: Watch | None = None,
     clients: Mapping[str, ClientRows] | None = None,
     *,
     resume: bool = False,
+    common: Common | None = None,
 ) -> RunResult:
     """Run a recipe from its data to one exported adapter per client.
 
     Nothing is written before everything that can be checked beforehand has been. ``clients`` are
     the rows of a recipe that was checked already; without them it is checked here. With ``resume``
-    the run in the recipe's folder is gone on with, wherever it was left.
+    the run in the recipe's folder is gone on with, wherever it was left. ``common`` is what another
+    run has loaded for the same backbone and the same ``clients``.
 
     Raises:
         PflError: the recipe, its data, its backbone or the run folder cannot be used.
@@ -81,27 +91,40 @@ def finetune(
     if advice := lone_launch():
         watch.note(advice)
 
-    watch.note(f"loading the backbone onto {accelerator.device}")
-
-    def prepare() -> tuple[Backbone, Adapter, FederatedDataset]:
-        backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
-        adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
-        tokenizer, length = backbone.tokenizer, recipe.data.max_length
-        return backbone, adapter, FederatedDataset.build(clients, tokenizer, length)
+    def prepare() -> tuple[Common, Adapter]:
+        ready = common or load_common(recipe, clients, accelerator.device, watch)
+        return ready, Adapter(
+            ready.backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter")
+        )
 
     # one rank converts what has to be converted
-    backbone, adapter, dataset = rank_0_first(accelerator, prepare)
-    _note_cut_rows(dataset, recipe, watch)
-    _note_idle_rule(dataset, recipe, watch)
-
+    ready, adapter = rank_0_first(accelerator, prepare)
+    backbone, dataset = ready.backbone, ready.dataset
     names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
     store = Store(loaded.run_folder, names, accelerator.device)
     fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
-    if main:
-        with leading(accelerator):
-            return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
-    serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
-    return RunResult(loaded.run_folder, ())
+    with closing(adapter):
+        if main:
+            with leading(accelerator):
+                return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
+        serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
+        return RunResult(loaded.run_folder, ())
+
+
+def load_common(
+    recipe: Recipe, clients: Mapping[str, ClientRows], device: torch.device, watch: Watch
+) -> Common:
+    """Load what does not depend on a run's method, seed or rate.
+
+    Raises:
+        PflError: the backbone cannot be loaded, or a client's rows cannot be learned from.
+    """
+    watch.note(f"loading the backbone onto {device}")
+    backbone = load_backbone(recipe.backbone, device, watch.note)
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
+    _note_cut_rows(dataset, recipe, watch)
+    _note_idle_rule(dataset, recipe, watch)
+    return Common(backbone, dataset)
 
 
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume: bool) -> RunResult:
@@ -172,6 +195,7 @@ def _rounds(
     steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
     cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
+    _note_own_candidate(side, server, ledger)
     fixed.watch.begin(workload(cohorts, side, steps, server, ledger))
     orchestrator = Orchestrator(
         recipe=recipe,
@@ -201,6 +225,14 @@ def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
         store=fixed.store,
         watch=fixed.watch,
     )
+
+
+def _note_own_candidate(side: ClientSide, server: ServerState, ledger: Ledger) -> None:
+    """Commit what the method's own candidate is called: the one that stands unless beaten."""
+    client = side.dataset.client_ids[0]
+    own = next(iter(side.candidates(client, side.method.broadcast(server, client), None)))
+    if ledger.about().get("own_candidate") != own:
+        ledger.note("own_candidate", own)
 
 
 def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
