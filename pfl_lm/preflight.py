@@ -14,13 +14,14 @@ from typing import TypeVar
 
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
-from pfl_lm.errors import PflError, RecipeError, RunFolderError
+from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
 from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker
-from pfl_lm.recipe.draft import read_draft
+from pfl_lm.recipe.contenders import contenders
+from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions, FederationOptions
 from pfl_lm.resume import has_begun, run_clients
@@ -112,13 +113,22 @@ def check_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tr
     Raises:
         PflError: anything is wrong; all of it, the recipe's own problems first.
     """
-    draft = read_draft(path, overrides)
-    try:
-        loaded = check_draft(draft)
-    except RecipeError as error:
+    return check_read(read_draft(path, overrides), to_run=to_run)
+
+
+def check_read(draft: Draft, *, to_run: bool = True) -> Checked:
+    """Check a recipe that was read, as `check_recipe` does.
+
+    Raises:
+        PflError: anything is wrong; all of it, the recipe's own problems first.
+    """
+    wrong: list[PflError] = []
+    loaded = _try(check_draft, draft, wrong)
+    _try(contenders, draft, wrong)
+    if wrong or loaded is None:
         parts = valid_parts(draft)
         _, faults = _check(parts if to_run else replace(parts, run_folder=None))
-        raise _one([error, *faults]) from None
+        raise _one([*wrong, *faults])
     return Checked(loaded, preflight(loaded, to_run=to_run))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
 from pydantic import ValidationError
@@ -10,9 +11,10 @@ from pydantic_core import ErrorDetails
 
 from pfl_lm.recipe.draft import Draft
 from pfl_lm.recipe.methods import METHOD_OPTIONS
+from pfl_lm.recipe.nearest import nearest
 from pfl_lm.recipe.options import BROKEN_RULE
 from pfl_lm.recipe.scalars import brief, show
-from pfl_lm.recipe.suggest import nearest, owners, section_class, suggest_key
+from pfl_lm.recipe.suggest import owners, section_class, suggest_key
 from pfl_lm.recipe.yaml12 import Location
 
 _EXPECTED = {
@@ -40,7 +42,7 @@ class _Place(NamedTuple):
 
     @property
     def section(self) -> str:
-        return ".".join(str(part) for part in self.at[:-1])
+        return re.sub(r"\[\d+\]", "[]", _dotted(self.at[:-1]))
 
     @property
     def key(self) -> str:
@@ -48,9 +50,10 @@ class _Place(NamedTuple):
 
     @property
     def field(self) -> FieldInfo | None:
-        head, key = (str(self.at[0]), str(self.at[1])) if len(self.at) > 1 else ("", self.key)
-        options = section_class(head, self.method)
-        return options.model_fields.get(key) if options else None
+        if isinstance(self.at[-1], int):  # an item: the list's own field
+            return _Place(self.at[:-1], self.method).field
+        options = section_class(self.section, self.method)
+        return options.model_fields.get(self.key) if options else None
 
 
 def explain(error: ValidationError, draft: Draft) -> list[str]:
@@ -171,12 +174,13 @@ def _not_a_section(place: _Place, value: object) -> str:
 
 
 def _noun(place: _Place) -> str:
-    whole = isinstance(place.at[-1], int) or (place.field and int in _types(place.field))
+    whole = place.field is not None and int in _types(place.field.annotation)
     return "a whole number" if whole else "a number"
 
 
-def _types(field: FieldInfo) -> tuple[Any, ...]:
-    return (field.annotation, *get_args(field.annotation))
+def _types(annotation: Any) -> list[Any]:
+    """Return what a type is made of, the types of a list's items among it."""
+    return [annotation, *(each for part in get_args(annotation) for each in _types(part))]
 
 
 def _limits(place: _Place, details: ErrorDetails) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pfl_lm.recipe.methods import METHOD_OPTIONS, PRESETS
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.schema import Recipe
-from pfl_lm.recipe.suggest import section_class
+from pfl_lm.recipe.suggest import COMPARED, section_class
 
 Schema = Mapping[str, Any]
 
@@ -37,6 +37,7 @@ _TYPES = {
     "integer": "whole number",
     "number": "number",
     "boolean": "`true` or `false`",
+    "object": "mapping",
 }
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -56,6 +57,9 @@ def _page() -> Iterator[str]:
         elif options := section_class(section):
             yield f"## {section}\n"
             yield from _section(options, section)
+            for inner in (name for name in COMPARED if name.startswith(f"{section}.")):
+                yield f"### {inner}\n"
+                yield from _section(COMPARED[inner], inner)
 
 
 def _methods() -> Iterator[str]:
@@ -86,7 +90,7 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
     for key, field in schema["properties"].items():
         section = options is Recipe and (key == "method" or section_class(key) is not None)
         value = f"[section](#{key})" if section else _value(field)
-        default = "its own" if section else f"`{_yaml(field.get('default'))}`"
+        default = f"`{_yaml(field['default'])}`" if "default" in field else "its own"
         if key in schema.get("required", ()):
             default = ""
         cells = (f"`{prefix}{key}`", value, default, field.get("description", ""))
@@ -96,6 +100,8 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
 
 def _value(schema: Schema) -> str:
     """Return what a value may be, for people: its type or choices, and its limits."""
+    if "$ref" in schema:
+        return "mapping"
     if "anyOf" in schema:
         parts = [_value(each) for each in schema["anyOf"] if each.get("type") != "null"]
         return " or ".join(parts)

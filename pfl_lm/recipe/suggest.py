@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from functools import cache
 
+from pfl_lm.recipe.compared import ComparedMethod, ComparedTraining, CompareOptions
 from pfl_lm.recipe.methods import METHOD_OPTIONS
+from pfl_lm.recipe.nearest import nearest
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.schema import Recipe
 
@@ -54,10 +54,20 @@ _SYNONYMS = {
 _MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}
 
 
+COMPARED: dict[str, type[Options]] = {
+    "compare": CompareOptions,
+    "compare.methods[]": ComparedMethod,
+    "compare.methods[].training": ComparedTraining,
+}
+"""The section that a comparison adds, and what is in it; ``[]`` stands for any of a list."""
+
+
 def section_class(section: str, method: str | None = None) -> type[Options] | None:
     """Return the options class of a section; ``""`` is the recipe itself."""
     if section == "":
         return Recipe
+    if section in COMPARED:
+        return COMPARED[section]
     if section == "method":
         return METHOD_OPTIONS.get(method or "")
     field = Recipe.model_fields.get(section)
@@ -81,13 +91,6 @@ def all_keys() -> dict[str, tuple[str, ...]]:
         leaf = key.rpartition(".")[2]
         by_leaf[leaf] = (*by_leaf.get(leaf, ()), key)
     return by_leaf
-
-
-def nearest(word: object, among: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the word that ``word`` is most like, if any is like it at all."""
-    known = {each.lower(): each for each in among}
-    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), known, 1, cutoff)
-    return known[found[0]] if found else None
 
 
 def suggest_key(section: str, key: str, method: str | None = None) -> str | None:
