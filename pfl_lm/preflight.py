@@ -52,7 +52,7 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
         Parts(recipe.backbone, recipe.data, folder, recipe.runtime, recipe.federation)
     )
     if faults or clients is None:
-        raise _one(faults)
+        raise as_one(faults)
     return clients
 
 
@@ -63,11 +63,11 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
         PflError: the data, the backbone or the run cannot be used; all that is wrong.
     """
     recipe, faults = loaded.recipe, list[PflError]()
-    clients = _try(run_clients, loaded, faults)
-    _try(_find_backbone, recipe.backbone, faults)
-    _try(refuse_no_tracker, recipe.runtime, faults)
+    clients = try_to(run_clients, loaded, faults)
+    try_to(_find_backbone, recipe.backbone, faults)
+    try_to(refuse_no_tracker, recipe.runtime, faults)
     if faults or clients is None:
-        raise _one(faults)
+        raise as_one(faults)
     return clients
 
 
@@ -123,28 +123,32 @@ def check_read(draft: Draft, *, to_run: bool = True) -> Checked:
         PflError: anything is wrong; all of it, the recipe's own problems first.
     """
     wrong: list[PflError] = []
-    loaded = _try(check_draft, draft, wrong)
-    _try(contenders, draft, wrong)
+    loaded = try_to(check_draft, draft, wrong)
+    try_to(contenders, draft, wrong)
     if wrong or loaded is None:
         parts = valid_parts(draft)
         _, faults = _check(parts if to_run else replace(parts, run_folder=None))
-        raise _one([*wrong, *faults])
+        raise as_one([*wrong, *faults])
     return Checked(loaded, preflight(loaded, to_run=to_run))
 
 
 def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     faults: list[PflError] = []
-    clients = _try(_read_clients, parts.data, faults)
+    clients = try_to(_read_clients, parts.data, faults)
     _check_cohorts(parts.federation, clients, faults)
-    _try(_find_backbone, parts.backbone, faults)
-    _try(refuse_occupied, parts.run_folder, faults)
-    _try(refuse_no_tracker, parts.runtime, faults)
+    try_to(_find_backbone, parts.backbone, faults)
+    try_to(refuse_occupied, parts.run_folder, faults)
+    try_to(refuse_no_tracker, parts.runtime, faults)
     return clients, faults
 
 
-def _try(
+def try_to(
     check: Callable[[Part], Result], part: Part | None, faults: list[PflError]
 ) -> Result | None:
+    """Return what a check gives, or None; what it says is wrong goes to ``faults``.
+
+    There is nothing to check of what is None.
+    """
     try:
         return None if part is None else check(part)
     except PflError as error:
@@ -174,8 +178,8 @@ def _check_cohorts(
         if clients is not None:
             refuse_small_rounds(options, len(clients), trace)
 
-    trace = _try(read, options, faults)
-    _try(refuse, options, faults)
+    trace = try_to(read, options, faults)
+    try_to(refuse, options, faults)
 
 
 def _find_backbone(backbone: BackboneOptions) -> None:
@@ -187,7 +191,7 @@ def _find_backbone(backbone: BackboneOptions) -> None:
             refuse_no_model(folder)
 
 
-def _one(faults: Sequence[PflError]) -> PflError:
+def as_one(faults: Sequence[PflError]) -> PflError:
     """Return the one error, or one that says them all."""
     if len(faults) == 1:
         return faults[0]

@@ -49,6 +49,7 @@ def outcome(
         bytes_down=2_000_000,
         bytes_up=1_000_000,
         seconds=60.0,
+        faults=0,
         learning_rate=rate,
     )
 

@@ -33,6 +33,7 @@ class Outcome:
         curve: (round, mean over clients of the validation loss), of the method's own candidate.
         steps: optimizer steps, over all rounds and clients, as they were done.
         seconds: time of the clients' turns, scoring not counted.
+        faults: turns that have failed, once or for good; a run goes on without them.
         learning_rate: the number it was trained with, also where `auto` has found it.
     """
 
@@ -44,6 +45,7 @@ class Outcome:
     bytes_down: int
     bytes_up: int
     seconds: float
+    faults: int
     learning_rate: float
 
     def score(self, client: str, split: str, candidate: str | None = None) -> ClientScore | None:

@@ -69,12 +69,14 @@ class Costs:
     Attributes:
         steps: optimizer steps, as they were done.
         seconds: time of the turns on the clients' machines; scoring not counted.
+        faults: tries that have failed, whether a second one came through or not.
     """
 
     steps: int
     bytes_down: int
     bytes_up: int
     seconds: float
+    faults: int
 
 
 class History:
@@ -234,7 +236,8 @@ class History:
         """Return what all turns have taken together."""
         [row] = self._ask(
             "SELECT coalesce(sum(steps), 0), coalesce(sum(bytes_down), 0), "
-            "coalesce(sum(bytes_up), 0), coalesce(sum(seconds), 0.0) FROM turns"
+            "coalesce(sum(bytes_up), 0), coalesce(sum(seconds), 0.0), "
+            "(SELECT count(*) FROM faults) FROM turns"
         )
         return Costs(*row)
 

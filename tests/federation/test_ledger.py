@@ -229,10 +229,13 @@ def test_a_curve_is_of_the_methods_own_candidate(ledger: Ledger) -> None:
 
 
 def test_costs_are_summed_over_turns(ledger: Ledger) -> None:
-    assert ledger.costs() == Costs(0, 0, 0, 0.0)
+    assert ledger.costs() == Costs(0, 0, 0, 0.0, 0)
     turn(ledger, "a", 1)
     turn(ledger, "b", 2)
-    assert ledger.costs() == Costs(steps=8, bytes_down=80, bytes_up=2 * 13 * 4, seconds=3.0)
+    ledger.commit_cohort(1, ["a"])
+    ledger.commit_fault(1, "a", Fault("raised", "a bug"))
+    expected = Costs(steps=8, bytes_down=80, bytes_up=2 * 13 * 4, seconds=3.0, faults=1)
+    assert ledger.costs() == expected
 
 
 def test_choices_come_back_as_they_were_in_id_order(ledger: Ledger) -> None:
