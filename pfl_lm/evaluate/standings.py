@@ -71,6 +71,12 @@ class Standing:
     against_best: Difference | None = None
 
     @property
+    def finished(self) -> npt.NDArray[np.bool_]:
+        """Which seeds have losses, (S,)."""
+        some = self.losses.shape[1] > 0
+        return self.ended & np.isfinite(self.losses).all(axis=1) & some
+
+    @property
     def failed(self) -> int:
         """How many of its seeds have diverged."""
         return sum(trial.state == "failed" for trial in self.trials)
@@ -255,17 +261,25 @@ def _set_against(
 def _harmed(row: Standing, floor: Standing | None) -> tuple[int, ...]:
     if floor is None:
         return ()
-    both = _finished(row) & _finished(floor)
+    both = row.finished & floor.finished
     return tuple(n_harmed(a, b) for a, b in zip(row.losses[both], floor.losses[both], strict=True))
 
 
-def _finished(row: Standing) -> npt.NDArray[np.bool_]:
-    return row.ended & np.isfinite(row.losses).all(axis=1)
+def by_client(row: Standing, other: Standing) -> Array | None:
+    """Return one method's loss minus another's for each client, (C,): a mean over common seeds.
+
+    None if there is no seed that both have finished.
+    """
+    both = row.finished & other.finished
+    if not both.any():
+        return None
+    differences: Array = (row.losses[both] - other.losses[both]).mean(axis=0)
+    return differences
 
 
 def difference(row: Standing, other: Standing) -> Difference:
     """Set one method against another, on the clients and seeds that both have finished."""
-    both = _finished(row) & _finished(other)
+    both = row.finished & other.finished
     differences = row.losses[both] - other.losses[both]
     interval = paired_interval(differences)
     n_seeds, n_clients = differences.shape
