@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
+from pfl_lm.evaluate import RowScores
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import Cohorts
@@ -27,6 +28,7 @@ from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
 from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.messages import Split
 from pfl_lm.federation.opening import begun, gone_on_with
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
@@ -57,10 +59,17 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """The frozen backbone, with no adapter in it, and every client's examples in its tokens."""
+    """What runs of one backbone and the same clients need not each do again.
+
+    Attributes:
+        backbone: frozen, with no adapter in it.
+        dataset: every client's examples in its tokens.
+        base: how the untouched backbone did; filled as runs score it.
+    """
 
     backbone: Backbone
     dataset: FederatedDataset
+    base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
 
 
 def finetune(
@@ -102,7 +111,9 @@ def finetune(
     backbone, dataset = ready.backbone, ready.dataset
     names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
     store = Store(loaded.run_folder, names, accelerator.device)
-    fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
+    fixed = _Fixed(
+        accelerator, backbone, adapter, adapter.read(), dataset, store, watch, ready.base
+    )
     with closing(adapter):
         if main:
             with leading(accelerator):
@@ -162,6 +173,7 @@ class _Fixed:
     dataset: FederatedDataset
     store: Store
     watch: Watch
+    base: dict[tuple[str, Split], RowScores]
 
 
 def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
@@ -224,6 +236,7 @@ def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
         pad_token_id=fixed.backbone.pad_token_id,
         store=fixed.store,
         watch=fixed.watch,
+        base=fixed.base,
     )
 
 

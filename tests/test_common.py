@@ -54,3 +54,28 @@ def test_an_adapter_that_is_taken_out_leaves_the_backbone_as_it_was(tmp_path: Pa
     assert not hasattr(backbone.model, "peft_config")
     again = Adapter(backbone, loaded.recipe.adapter, seed=1)
     assert torch.equal(again.read(), weights)
+
+
+def test_the_untouched_backbone_is_scored_once_for_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores in the second run are those of the first, to the bit; the cost is not."""
+    import pfl_lm.federation.client as client
+
+    calls = [0]
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        return client_score(*given, **named)
+
+    client_score = client.score
+    monkeypatch.setattr(client, "score", counted)
+    recipe = tiny_recipe(tmp_path)
+    common = common_of(recipe)
+    counts = []
+    for name in ("first", "second"):
+        calls[0] = 0
+        finetune(load_recipe(recipe, [f"name={name}", f"seed={len(name)}"]), common=common)
+        counts.append(calls[0])
+    # 3 clients: round 0, round 1, then 4 candidates on validation and test, the base known
+    assert counts == [3 * (1 + 1 + 3 + 4), 3 * (1 + 3 + 3)]

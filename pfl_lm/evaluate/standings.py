@@ -73,8 +73,10 @@ class Standing:
     @property
     def finished(self) -> npt.NDArray[np.bool_]:
         """Which seeds have losses, (S,)."""
-        some = self.losses.shape[1] > 0
-        return self.ended & np.isfinite(self.losses).all(axis=1) & some
+        if self.losses.shape[1] == 0:
+            return np.zeros_like(self.ended)
+        finished: npt.NDArray[np.bool_] = self.ended & np.isfinite(self.losses).all(axis=1)
+        return finished
 
     @property
     def failed(self) -> int:
