@@ -48,7 +48,8 @@ def _about(plan: Plan) -> list[str]:
     seeds = ", ".join(map(str, plan.seeds))
     lines = [
         f"{recipe.name}: {len(plan.contenders)} methods, {len(plan.clients)} clients, "
-        f"{recipe.federation.rounds} rounds of {recipe.training.length}, seeds {seeds}; "
+        f"{recipe.federation.rounds} rounds of {recipe.training.length}, "
+        f"{'seed' if len(plan.seeds) == 1 else 'seeds'} {seeds}; "
         f"into {plan.folder}"
     ]
     width = max(len(contender.label) for contender in plan.contenders)
