@@ -57,6 +57,12 @@ def open_ordinary(path: Path) -> BinaryIO:
     raise OSError(errno.EINVAL, "not an ordinary file")
 
 
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn what the operating system says of a write below ``path`` into a RunFolderError."""

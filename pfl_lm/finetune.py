@@ -29,6 +29,7 @@ from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first,
 from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Split
+from pfl_lm.federation.noise import noise_seed
 from pfl_lm.federation.opening import begun, gone_on_with
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
@@ -36,12 +37,15 @@ from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.federation.workload import workload
+from pfl_lm.files import sha256_of
 from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
+from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
+from pfl_lm.recipe.privacy import loose_deltas
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.report.tracking import tracked
 from pfl_lm.resume import run_slugs
@@ -134,6 +138,8 @@ def load_common(
     backbone = load_backbone(recipe.backbone, device, watch.note)
     dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
+    for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
+        watch.note(told)
     _note_idle_rule(dataset, recipe, watch)
     return Common(backbone, dataset)
 
@@ -180,8 +186,8 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
     """Run every round; with ``learning_rate: auto``, from the first rate at which none rises."""
     if not recipe.training.rate_is_auto:
         return _rounds(recipe, fixed, ledger)
-    known = ledger.about().get("learning_rate")
-    rate = first_rate(recipe, _side(recipe, fixed)) if known is None else float(known)
+    known = ledger.number("learning_rate")
+    rate = first_rate(recipe, _side(recipe, fixed)) if known is None else known
     if known is None:
         ledger.note("learning_rate", repr(rate))
     for _ in range(MOST_HALVINGS):
@@ -200,7 +206,8 @@ def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, Ser
 def _rounds(
     recipe: Recipe, fixed: _Fixed, ledger: Ledger, *, check_first_round: bool = False
 ) -> tuple[ClientSide, ServerState]:
-    side = _side(recipe, fixed)
+    secret = noise_seed(ledger) if recipe.privacy.first_asked else None
+    side = _side(recipe, fixed, secret)
     fleet: Fleet = SerialFleet(side)
     if fixed.accelerator.num_processes > 1:
         fleet = RankFleet(side, fixed.accelerator)
@@ -219,14 +226,21 @@ def _rounds(
         ledger=ledger,
         watch=fixed.watch,
         check_first_round=check_first_round,
+        secret=secret,
     )
     return side, orchestrator.run(server)
 
 
-def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
-    """Build what carries out tasks on this rank."""
-    layout, n_clients = fixed.adapter.layout, len(fixed.dataset)
-    setup = Setup(layout, n_clients, recipe.seed, recipe.training, recipe.aggregation)
+def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSide:
+    """Build what carries out tasks on this rank; the one that averages needs the ``secret``."""
+    setup = Setup(
+        layout=fixed.adapter.layout,
+        n_clients=len(fixed.dataset),
+        seed=recipe.seed,
+        training=recipe.training,
+        aggregation=recipe.aggregation,
+        client_level=ClientLevel.of(recipe.privacy, secret),
+    )
     return ClientSide(
         method=METHODS[recipe.method.name](recipe.method, setup),
         adapter=fixed.adapter,
@@ -237,6 +251,7 @@ def _side(recipe: Recipe, fixed: _Fixed) -> ClientSide:
         store=fixed.store,
         watch=fixed.watch,
         base=fixed.base,
+        record_level=recipe.privacy.record_level,
     )
 
 
@@ -254,6 +269,7 @@ def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
         "name": recipe.name,
         "method": recipe.method.name,
         "backbone": fixed.backbone.fingerprint,
+        **({"trace": sha256_of(Path(trace))} if (trace := recipe.federation.availability) else {}),
         "device": str(fixed.accelerator.device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

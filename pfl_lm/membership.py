@@ -74,6 +74,12 @@ def remove(folder: Path, client: str, *, replay: bool = False) -> Member:
     """
     loaded = run_recipe(folder)
     refuse_links(loaded.run_folder)
+    if replay and loaded.recipe.privacy.first_asked:
+        raise PflError(
+            "--replay: this run has a privacy lever, and what its rounds have spent would be "
+            "forgotten with them, while what they have released is out",
+            hint="remove the client without --replay, or begin a run of another name",
+        )
     with run_lock(loaded.run_folder), closing(Ledger(loaded.run_folder / LEDGER)) as ledger:
         member = _member(ledger, client, folder)
         # Files go first: should this be cut short, the client is still there to be removed again.

@@ -19,7 +19,12 @@ from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LOCK, NOT_BEGUN
 from pfl_lm.model.package import gguf_path
-from pfl_lm.recipe.checks import refuse_no_model, refuse_no_tracker
+from pfl_lm.recipe.checks import (
+    refuse_many_threads,
+    refuse_no_model,
+    refuse_no_opacus,
+    refuse_no_tracker,
+)
 from pfl_lm.recipe.contenders import contenders
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
@@ -49,7 +54,14 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     recipe = loaded.recipe
     folder = loaded.run_folder if to_run else None
     clients, faults = _check(
-        Parts(recipe.backbone, recipe.data, folder, recipe.runtime, recipe.federation)
+        Parts(
+            recipe.backbone,
+            recipe.data,
+            folder,
+            recipe.runtime,
+            recipe.federation,
+            recipe.privacy,
+        )
     )
     if faults or clients is None:
         raise as_one(faults)
@@ -66,6 +78,8 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
     clients = try_to(run_clients, loaded, faults)
     try_to(_find_backbone, recipe.backbone, faults)
     try_to(refuse_no_tracker, recipe.runtime, faults)
+    try_to(refuse_many_threads, recipe.runtime, faults)
+    try_to(refuse_no_opacus, recipe.privacy, faults)
     if faults or clients is None:
         raise as_one(faults)
     return clients
@@ -139,6 +153,8 @@ def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     try_to(_find_backbone, parts.backbone, faults)
     try_to(refuse_occupied, parts.run_folder, faults)
     try_to(refuse_no_tracker, parts.runtime, faults)
+    try_to(refuse_many_threads, parts.runtime, faults)
+    try_to(refuse_no_opacus, parts.privacy, faults)
     return clients, faults
 
 

@@ -17,7 +17,7 @@ from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import DataError, PflError, RecipeError, RunFolderError, listed
 from pfl_lm.federation.folder import LEDGER, RESOLVED, SLUG
 from pfl_lm.federation.history import History, Member, client_digest
-from pfl_lm.federation.schema import VERSION, explained
+from pfl_lm.federation.schema import connect
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.recipe.draft import draft_of
 from pfl_lm.recipe.load import check_draft
@@ -48,30 +48,15 @@ def glance(folder: Path) -> Iterator[History | None]:
     """Open the ledger of a folder for reading; None if no run has begun there.
 
     Raises:
-        RunFolderError: it cannot be read, or is of a newer version.
+        RunFolderError: it cannot be read, is no ledger of ours, or of a newer version.
     """
     path = folder / LEDGER
     if not path.is_file():
         yield None
         return
-    if path.is_symlink():
-        raise RunFolderError(f"{path}: a link; a run folder's ledger is a file in it")
-    with explained(path):
-        # Not read-only: what a killed process has left in the write-ahead log is part of it.
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
-    with closing(connection):
-        with explained(path):
-            [(version,)] = connection.execute("PRAGMA user_version")
-            names = "SELECT count(*) FROM sqlite_schema WHERE name = 'run'"
-            begun = bool(connection.execute(names).fetchone()[0])
-            begun = begun and bool(connection.execute("SELECT count(*) FROM run").fetchone()[0])
-        if version > VERSION:
-            raise RunFolderError(
-                f"{path}: version {version} of the ledger; this pfl-lm reads versions "
-                f"1 to {VERSION}",
-                hint="update pfl-lm: a newer one wrote this",
-            )
-        yield _Glance(path, connection) if begun else None
+    with closing(connect(path)) as connection:
+        found = _Glance(path, connection)
+        yield found if found.about() else None
 
 
 def has_begun(folder: Path) -> bool:
@@ -110,7 +95,7 @@ def run_recipe(folder: Path, rounds: int | None = None) -> LoadedRecipe:
 def finished_rounds(folder: Path) -> int | None:
     """Return how many rounds a run was finished with, exported and all; None if it is not."""
     with glance(folder) as ledger:
-        finished = None if ledger is None else ledger.about().get("finished")
+        finished = None if ledger is None else ledger.number("finished")
     return None if finished is None else int(finished)
 
 
@@ -121,7 +106,7 @@ def with_rounds(loaded: LoadedRecipe, rounds: int | None) -> LoadedRecipe:
         RecipeError: there are fewer rounds than have begun.
     """
     with glance(loaded.run_folder) as ledger:
-        begun = 0 if ledger is None else ledger.last_begun()
+        begun = 0 if ledger is None else max(ledger.last_begun(), ledger.last_round() or 0)
     federation = loaded.recipe.federation
     rounds = federation.rounds if rounds is None else rounds
     if rounds < max(begun, 1):

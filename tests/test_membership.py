@@ -283,6 +283,18 @@ def test_strangers_and_the_last_client_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_private_run_is_not_replayed(tmp_path: Path) -> None:
+    pytest.importorskip("opacus", reason='pip install "pfl-lm[privacy]"')
+    lever = {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
+    changes = {"method.weighting": "uniform", "privacy.client_level": lever}
+    folder = run(tmp_path, **changes)
+    with pytest.raises(PflError) as caught:
+        remove(folder, "bob", replay=True)
+    assert caught.value.message.startswith("--replay: this run has a privacy lever")
+    remove(folder, "bob")
+    assert [c for c, *_ in facts_in(folder)["clients"]] == ["alice", "carol"]
+
+
 def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     folder = run(tmp_path / "run")
     outside = tmp_path / "outside"

@@ -22,6 +22,7 @@ ORDER = (
     ("data",),
     ("model",),
     ("align",),
+    ("privacy",),
     ("train",),
     ("methods",),
     ("evaluate",),

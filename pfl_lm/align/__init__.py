@@ -1,7 +1,12 @@
 """pFLAlign's mathematics on flat vectors. Torch only: no Lightning, no PEFT."""
 
 from pfl_lm.align.moments import AlignmentState, AlignmentStep, Correction, alignment_step
-from pfl_lm.align.realign import correction_share, offset_after_round, realigned_start
+from pfl_lm.align.realign import (
+    correction_share,
+    decayed_offset,
+    offset_after_round,
+    realigned_start,
+)
 
 __all__ = [
     "AlignmentState",
@@ -9,6 +14,7 @@ __all__ = [
     "Correction",
     "alignment_step",
     "correction_share",
+    "decayed_offset",
     "offset_after_round",
     "realigned_start",
 ]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.cli.interrupts import Interrupts
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Workload
@@ -120,18 +121,20 @@ class Display(Watch):
     def turn(self, update: Update) -> None:
         """Name the client whose turn is over."""
         if self._task is not None and self.workload is not None:
-            about = f"round {update.round}/{self.workload.rounds}  {update.client}"
+            about = f"round {update.round}/{self.workload.rounds}  {label(update.client)}"
             self._progress.update(self._task, description=about)
 
     def round(self, report: RoundReport) -> None:
         """Print one line about a round."""
         assert self.workload is not None
         parts = [f"round {report.round}/{self.workload.rounds}"]
+        if report.round:
+            parts.append(f"{report.cohort} clients")
         if report.train_loss is not None:
-            parts += [f"{report.cohort} clients", f"train {report.train_loss:.3f}"]
+            parts.append(f"train {report.train_loss:.3f}")
         parts += [
             f"validation ({report.candidate}) mean {report.mean:.3f}",
-            f"worst {report.worst:.3f} {report.worst_client}",
+            f"worst {report.worst:.3f} {label(report.worst_client)}",
         ]
         if report.bytes_up:
             parts.append(f"{report.bytes_up / 1e6:.1f} MB up")
@@ -153,7 +156,7 @@ class Display(Watch):
             self._progress.update(self._task, completed=self.estimate.share, left=text)
 
     def _print(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(plain(text)), soft_wrap=True)
 
 
 def _to_do(workload: Workload) -> str:

@@ -24,12 +24,19 @@ _ACTS = {"Cc", "Cs", "Zl", "Zp"}
 _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that change the direction of the text around them."""
 
+_LONGEST = 120
+
 
 def plain(text: str) -> str:
     """Return text with control characters escaped, so that it cannot act on a terminal."""
     return "".join(
         repr(c)[1:-1] if c != "\n" and (category(c) in _ACTS or c in _TURNS) else c for c in text
     )
+
+
+def label(client: str) -> str:
+    """Return a client's id for a line or a cell: plain, and its end left out where it is long."""
+    return plain(client if len(client) <= _LONGEST else f"{client[: _LONGEST - 1]}…")
 
 
 @contextmanager

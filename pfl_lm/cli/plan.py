@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pfl_lm.cli.exits import plain
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.preflight import check_recipe
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _clients(clients: tuple[ClientPlan, ...]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for client in clients[:MOST_CLIENTS]:
         numbers = [f"{getattr(client, name):,}" for name in names]
-        table.add_row(Text(plain(client.id)), *numbers)
+        table.add_row(Text(label(client.id)), *numbers)
     if len(clients) > MOST_CLIENTS:
         table.add_row(f"and {len(clients) - MOST_CLIENTS} more")
     table.add_section()
@@ -116,6 +116,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",
     )
     yield "work", f"{plan.steps:,} optimizer steps in all"
+    yield from _privacy(plan)
     yield from _memory(plan)
     yield (
         "disk",
@@ -126,6 +127,15 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _up_to(least: int, most: int) -> str:
     return size(most) if least == most else f"{size(least)} to {size(most)}"
+
+
+def _privacy(plan: Plan) -> Iterator[tuple[str, str]]:
+    from pfl_lm.privacy.spent import said
+
+    levers = (("rows", plan.spent.record_level), ("clients", plan.spent.client_level))
+    told = [f"{what}, {said(spent)}" for what, spent in levers if spent is not None]
+    if told:
+        yield "privacy", f"{'; '.join(told)}: the most of any client, after all rounds"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:

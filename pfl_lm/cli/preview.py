@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from pfl_lm.cli.exits import plain
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.errors import DataError
 from pfl_lm.preflight import check_recipe
 
@@ -66,18 +66,20 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
 def _no_such_client(client: str, clients: Sequence[str]) -> DataError:
     from difflib import get_close_matches
 
+    from pfl_lm.data.words import short
+
     close = get_close_matches(client, clients, n=3, cutoff=0.5) or clients[:3]
     there = "there is" if len(clients) == 1 else f"there are {len(clients)}:"
     more = ", …" if len(clients) > len(close) else ""
     return DataError(
-        f"--client: no row is of a client {client!r}",
-        hint=f"{there} {', '.join(map(repr, close))}{more}",
+        f"--client: no row is of a client {short(client)}",
+        hint=f"{there} {', '.join(map(short, close))}{more}",
     )
 
 
 def _about(client: ClientPreview, max_length: int) -> Iterator[str]:
     """Yield the lines above a client's example."""
-    yield client.id
+    yield label(client.id)
     rows = [f"{split.rows} {name}" for name, split in client.splits.items()]
     yield f"  rows        {', '.join(rows)}"
     yield f"  tokens      {_spread(client.tokens)}"

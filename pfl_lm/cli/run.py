@@ -6,12 +6,14 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.cli.interrupts import Interrupted, Interrupts
 from pfl_lm.errors import LostRankError
 from pfl_lm.resume import has_begun
@@ -32,9 +34,13 @@ def show_run(
     """
     console = run_console()
     options, folder = loaded.recipe, loaded.run_folder
+
+    def say(text: str) -> None:
+        console.print(Text(plain(text)))
+
     how = "going on in" if resume else "into"
-    console.print(Text(f"{options.name}: {options.method.name}, {how} {folder}"))
-    interrupts = Interrupts(lambda text: console.print(Text(text)))
+    say(f"{options.name}: {options.method.name}, {how} {folder}")
+    interrupts = Interrupts(say)
     try:
         with interrupts, _not_alone(interrupts):
             from pfl_lm.cli.display import Display
@@ -45,14 +51,15 @@ def show_run(
                 result = finetune(loaded, display, clients, resume=resume)
     except Interrupted:
         if has_begun(folder):
-            console.print(Text(f"stopped; to go on: {resume_command(folder)}"))
+            say(f"stopped; to go on: {resume_command(folder)}")
         raise
     if console.quiet:
         return
     console.print()
-    console.print(client_table(result.clients))
-    for line in summary_lines(result.clients, result.folder):
-        console.print(Text(line))
+    shown = [replace(each, client=label(each.client)) for each in result.clients]
+    console.print(client_table(shown))
+    for line in summary_lines(shown, result.folder):
+        say(line)
 
 
 @contextmanager

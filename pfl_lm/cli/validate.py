@@ -7,10 +7,11 @@ from pathlib import Path
 
 import typer
 
-from pfl_lm.cli.exits import plain
+from pfl_lm.cli.exits import label, plain
 from pfl_lm.data.files import find_files
 from pfl_lm.data.formats import format_of
 from pfl_lm.preflight import Checked, check_recipe
+from pfl_lm.recipe.privacy import loose_deltas
 
 MOST_CLIENTS = 20
 """How many clients are listed; of the rest, only their number."""
@@ -38,13 +39,16 @@ def _report(checked: Checked) -> str:
         f"  data        {_data(checked)}",
         f"  clients     {len(clients)}, with rows for train / validation / test:",
     ]
-    width = max(len(client) for client in list(clients)[:MOST_CLIENTS])
-    for client, rows in list(clients.items())[:MOST_CLIENTS]:
+    shown = [(label(client), rows) for client, rows in list(clients.items())[:MOST_CLIENTS]]
+    width = max(len(name) for name, _ in shown)
+    for name, rows in shown:
         counts = f"{len(rows.train)} / {len(rows.validation)} / {len(rows.test)}"
-        lines.append(f"    {client:<{width}}  {counts}")
+        lines.append(f"    {name:<{width}}  {counts}")
     if len(clients) > MOST_CLIENTS:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")
+    n_train = {client: len(rows.train) for client, rows in clients.items()}
+    lines += [f"  note        {told}" for told in loose_deltas(recipe.privacy, n_train)]
     return "\n".join(lines)
 
 

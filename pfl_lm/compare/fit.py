@@ -34,6 +34,7 @@ def digest(recipe: Recipe, rows: Mapping[str, str], fingerprint: str) -> str:
     shared = {key: value for key, value in recipe.run_options().items() if key not in APART}
     shared["data"].pop("path")
     shared["federation"].pop("min_clients")
+    shared["privacy"].pop("client_level")  # which `local` goes without, as without a rule
     for key in ("learning_rate", "optimizer"):
         shared["training"].pop(key)
     content = {"recipe": shared, "rows": dict(sorted(rows.items())), "backbone": fingerprint}

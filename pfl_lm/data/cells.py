@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from pfl_lm.data.words import encodable, kind_of, quoted, short
 
+MAX_IDENTIFIER = 10_000
+"""The most characters of what names a client or a group."""
+
 
 class Cells:
     """A row's columns. What is read from them and cannot be used is noted in ``faults``.
@@ -68,4 +71,6 @@ def identifier_fault(name: str) -> str | None:
     """Say why a name cannot be shown to people, if it cannot."""
     if any(unicodedata.category(letter) == "Cc" for letter in name):
         return "holds a control character"
+    if len(name) > MAX_IDENTIFIER:
+        return f"is longer than {MAX_IDENTIFIER} characters"
     return None if encodable(name) else "holds half a surrogate pair"

@@ -18,6 +18,7 @@ from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Record
 from pfl_lm.data.render import render
 from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.words import short
 from pfl_lm.errors import DataError
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class FederatedDataset:
             for split, count in counts.items():
                 if not count.kept:
                     problems.add(
-                        f"client {client_id!r}: 0 of {count.rows} {split} rows keep a supervised "
-                        f"token at max_length {max_length}"
+                        f"client {short(client_id)}: 0 of {count.rows} {split} rows keep a "
+                        f"supervised token at max_length {max_length}"
                     )
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
@@ -165,7 +166,7 @@ def _tokenize(
         try:
             whole = render(tokenizer, row.content)
         except DataError as error:
-            where = f"{row.place} (client {row.client!r})"
+            where = f"{row.place} (client {short(row.client)})"
             raise DataError(f"{where}: {error.message}", hint=error.hint) from error
         example = whole.cut(max_length)
         if example.n_supervised:

@@ -13,9 +13,10 @@ from typing import BinaryIO
 
 from pfl_lm.data.cells import identifier_fault
 from pfl_lm.data.jsonlines import Row, read_json_lines
+from pfl_lm.data.parquet import read_parquet
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Unit
-from pfl_lm.data.tables import read_csv, read_parquet
+from pfl_lm.data.tables import read_csv
 from pfl_lm.errors import DataError
 from pfl_lm.files import open_ordinary
 

@@ -26,6 +26,9 @@ COLUMNS_SAID: Mapping[Format, str] = {
 }
 ANY_SAID = f"{COLUMNS_SAID['prompt_completion']}, `messages`, or `text`"
 
+MAX_MESSAGES = 1000
+"""The longest conversation: to find its answers, it is rendered up to each of them."""
+
 _COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response")),
     "messages": (("messages",),),
@@ -89,6 +92,11 @@ def _turns(cells: Cells) -> tuple[Turn, ...]:
     messages = cells.columns["messages"]
     if not isinstance(messages, list):
         cells.faults.append(f"'messages' must be an array of messages, got {kind_of(messages)}")
+        return ()
+    if len(messages) > MAX_MESSAGES:
+        cells.faults.append(
+            f"'messages' holds {len(messages)} messages. At most {MAX_MESSAGES} are read"
+        )
         return ()
     faults = [fault for n, said in enumerate(messages, 1) for fault in _message_faults(n, said)]
     cells.faults += faults or _order_faults(messages)

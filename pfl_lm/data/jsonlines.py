@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO, TypeAlias, cast
 
-from pfl_lm.data.words import kind_of
+from pfl_lm.data.words import kind_of, short
 
 Row: TypeAlias = dict[str, object] | str
 """A row by its columns, or in one sentence why it cannot be read."""
 
 MAX_LINE_BYTES = 16 * 2**20
+_PATIENCE = 64
+"""How many times the longest line is skipped in search of the end of one that is longer."""
+
 BOM = b"\xef\xbb\xbf"
 
 
@@ -48,9 +51,13 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     while raw := file.readline(MAX_LINE_BYTES + 1):
         line += 1
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(MAX_LINE_BYTES)
             yield line, None
+            for _ in range(_PATIENCE):
+                if not raw or raw.endswith(b"\n"):
+                    break
+                raw = file.readline(MAX_LINE_BYTES)
+            else:
+                return  # a file with holes may be of any size
             continue
         if line == 1:
             raw = raw.removeprefix(BOM)
@@ -62,5 +69,5 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} is there twice")
+        raise ValueError(f"the key {short(key)} is there twice")
     return row

@@ -107,7 +107,7 @@ class RowReader:
             self._mixed.add(client)
             here, there = ("a number", "a string") if kind is int else ("a string", "a number")
             cells.faults.append(
-                f"client {client!r} is {here} here but {there} in {first_place}. Keep to one"
+                f"client {short(client)} is {here} here but {there} in {first_place}. Keep to one"
             )
 
     def _split(self, cells: Cells) -> Split:

@@ -17,6 +17,7 @@ from pfl_lm.data.formats import ANY_SAID, COLUMNS_SAID, first_column, formats_of
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import SPLITS, Record, Split
 from pfl_lm.data.rows import RowReader
+from pfl_lm.data.words import short
 from pfl_lm.errors import DataError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _check_clients(path: str, records: Sequence[Record]) -> None:
     for client, counts in sorted(rows.items()):
         if not counts["train"]:
             there = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
-            problems.add(f"client {client!r}: no train rows, only {there}")
+            problems.add(f"client {short(client)}: no train rows, only {there}")
     problems.raise_if_any(
         path, hint="give each client train rows, or take its other rows out of the file"
     )

@@ -96,17 +96,17 @@ def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float
             continue
         if file_holds_out or not (n_train or n_validation):
             missing = "train" if not n_train else "validation"
-            problems.add(f"client {client!r}: no {missing} rows")
+            problems.add(f"client {short(client)}: no {missing} rows")
         elif rows.validation[0].group is not None:
             problems.add(
-                f"client {client!r}: all {n_validation} of its train rows are of one group, "
+                f"client {short(client)}: all {n_validation} of its train rows are of one group, "
                 f"{short(rows.validation[0].group)}"
             )
             hint = "each client needs rows of two groups: one to train on, one to hold out"
         else:
             problems.add(
-                f"client {client!r}: all {n_validation} of its train rows would be held out for "
-                "validation, and none left to train on"
+                f"client {short(client)}: all {n_validation} of its train rows would be held out "
+                "for validation, and none left to train on"
             )
     if file_holds_out:
         hint = "the file has validation rows of its own, so every client needs some of both kinds"

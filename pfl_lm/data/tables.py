@@ -1,8 +1,8 @@
-"""CSV and Parquet, read strictly and as they are.
+"""CSV, read strictly and as it is.
 
 Not through ``datasets.load_dataset``: it guesses what a CSV cell means (a client ``007`` becomes 7,
-a text ``NA`` nothing), copies what it reads into a cache, and is slow to import. CSV is read by
-Python's own module, Parquet by pyarrow, with which ``datasets`` reads it too. Neither needs torch.
+a text ``NA`` nothing), copies what it reads into a cache, and is slow to import. This is Python's
+own module.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from pfl_lm.data import jsonlines
 from pfl_lm.data.jsonlines import BOM, Row
-
-_ROWS_AT_ONCE = 1024
+from pfl_lm.data.words import short
 
 
 def read_csv(file: BinaryIO) -> Iterator[tuple[int, Row]]:
@@ -25,26 +24,6 @@ def read_csv(file: BinaryIO) -> Iterator[tuple[int, Row]]:
         yield from _csv_rows(file)
     finally:
         csv.field_size_limit(limit)
-
-
-def read_parquet(file: BinaryIO) -> Iterator[tuple[int, Row]]:
-    """Yield each row and its number, from 1."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if twice := _twice(table.schema_arrow.names):
-            yield 1, f"the column {twice!r} is there twice"
-            return
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        yield number + 1, f"not readable as Parquet ({reason}). What follows was not read"
 
 
 def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
@@ -69,8 +48,8 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
             continue
         if header:
             yield number, _by_column(header, cells)
-        elif twice := _twice(cells):
-            yield number, f"the column {twice!r} is there twice"
+        elif column := twice(cells):
+            yield number, f"the column {short(column)} is there twice"
             return
         else:
             header = cells
@@ -92,5 +71,6 @@ def _text_lines(file: BinaryIO) -> Iterator[str]:
         yield (raw.removeprefix(BOM) if line == 1 else raw).decode("utf-8")
 
 
-def _twice(names: list[str]) -> str | None:
+def twice(names: list[str]) -> str | None:
+    """Return a name that is there more than once, if there is one."""
     return next((name for name, count in Counter(names).items() if count > 1), None)

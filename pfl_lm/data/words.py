@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 _NAMES_SHOWN = 12
+_LONGEST_GUESSED, _MOST_GUESSED = 100, 1000
+"""Beyond these nobody mistyped a name, and comparing it with all others would take long."""
 
 
 def did_you_mean(name: str, known: Mapping[str, str]) -> str:
     """Return a suggestion to append; ``known`` maps what people write to what they should."""
+    if len(name) > _LONGEST_GUESSED:
+        return ""
+    known = dict(islice(known.items(), _MOST_GUESSED))
     meant = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f". Did you mean {known[meant[0]]!r}?" if meant else ""
 

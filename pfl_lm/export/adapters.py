@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import pfl_lm
+from pfl_lm.errors import ExportError
 from pfl_lm.evaluate import Choice
 from pfl_lm.export.card import client_card, global_card
 from pfl_lm.export.card_sections import ClientFacts, RunFacts
@@ -29,6 +30,7 @@ from pfl_lm.federation.ledger import Ledger
 from pfl_lm.files import write_atomically
 from pfl_lm.methods import ServerState
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.privacy.spent import NO_LEVER, ClientSpent, largest, spent_by_client
 from pfl_lm.recipe import Recipe
 
 CARD = "README.md"
@@ -42,6 +44,7 @@ class ClientResult:
         choice: which candidate is its model, and why.
         scores: nats a supervised token, by split, then candidate, after the last round.
         sha256: of its ``adapter_model.safetensors``.
+        spent: what its data has spent of privacy, where the recipe has a lever for it.
     """
 
     client: str
@@ -49,6 +52,7 @@ class ClientResult:
     choice: Choice
     scores: dict[str, dict[str, float]]
     sha256: str
+    spent: ClientSpent = NO_LEVER
 
 
 def export_adapters(
@@ -71,6 +75,7 @@ def export_adapters(
     """
     run = _run_facts(recipe, side, backbone)
     scores = _final_scores(ledger)
+    spent = spent_by_client(ledger.summaries(), recipe.privacy, side.dataset.client_ids)
     results = []
     shared = None
     for client, choice in ledger.choices().items():
@@ -78,16 +83,20 @@ def export_adapters(
         candidates = side.candidates(
             client, side.method.broadcast(server, client), ledger.state_file(client)
         )
+        if choice.candidate not in candidates:
+            raise ExportError(f"{folder}: {client!r} was given {choice.candidate!r}, no model here")
         place = folder / "adapters" / slug
         sha256 = export_adapter(side.adapter, candidates[choice.candidate], backbone, place)
-        result = ClientResult(client, slug, choice, scores[client], sha256)
+        result = ClientResult(client, slug, choice, scores[client], sha256, spent[client])
         card = client_card(run, _client_facts(result, side, ledger))
         write_atomically(place / CARD, card.encode())
         results.append(result)
         shared = candidates.get("global")
     if shared is not None:
         export_adapter(side.adapter, shared, backbone, folder / "global")
-        write_atomically(folder / "global" / CARD, global_card(run, scores).encode())
+        write_atomically(
+            folder / "global" / CARD, global_card(run, scores, largest(spent)).encode()
+        )
     index = _index(recipe, results, side, backbone)
     write_atomically(folder / NAME, index.text())
     return tuple(results)
@@ -114,6 +123,7 @@ def _client_facts(result: ClientResult, side: ClientSide, ledger: Ledger) -> Cli
         turns=turns,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
+        spent=result.spent,
     )
 
 

@@ -23,6 +23,7 @@ from pfl_lm.export.card_sections import (
 )
 from pfl_lm.export.card_text import Place, front_matter, load_section, number, safe, table
 from pfl_lm.export.index import BASE
+from pfl_lm.privacy.spent import NO_LEVER, ClientSpent
 
 _SEEN_FROM = "  # as seen from the run folder"
 
@@ -47,12 +48,19 @@ def client_card(run: RunFacts, facts: ClientFacts) -> str:
         place=Place(f"adapters/{facts.slug}", remark=_SEEN_FROM),
         made=lineage(run, facts),
         scores=f"{score_table(facts)}\n{choice_paragraph(facts)}",
-        uploads=facts.bytes_up > 0,
+        limited=limits(run, facts.spent, shared=False, uploads=facts.bytes_up > 0),
     )
 
 
-def global_card(run: RunFacts, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Return the card of the shared adapter; ``scores`` by client, split and candidate."""
+def global_card(
+    run: RunFacts,
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    spent: ClientSpent = NO_LEVER,
+) -> str:
+    """Return the card of the shared adapter; ``scores`` by client, split and candidate.
+
+    ``spent`` is the most of any client.
+    """
     what = (
         f"The LoRA adapter for {base_name(run.base)} that {n_clients(run)} share, fine-tuned with "
         f"{run.recipe.method.name}: a start for a client that did not take part. Each client that "
@@ -65,7 +73,7 @@ def global_card(run: RunFacts, scores: Mapping[str, Mapping[str, Mapping[str, fl
         place=Place("global", remark=_SEEN_FROM),
         made=lineage(run, None),
         scores=_mean_and_worst(scores),
-        uploads=True,
+        limited=limits(run, spent, shared=True, uploads=True),
     )
 
 
@@ -84,7 +92,7 @@ def _mean_and_worst(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
 
 
 def _card(
-    run: RunFacts, *, title: str, what: str, place: Place, made: str, scores: str, uploads: bool
+    run: RunFacts, *, title: str, what: str, place: Place, made: str, scores: str, limited: str
 ) -> str:
     return "\n".join(
         [
@@ -94,7 +102,7 @@ def _card(
             f"## Use it\n\n{load_section(run.base, place)}",
             f"## How it was made\n\n{made}",
             f"## How good it is\n\n{scores}",
-            f"## Limits\n\n{limits(run, uploads=uploads)}",
+            f"## Limits\n\n{limited}",
             versions_and_recipe(run),
         ]
     )

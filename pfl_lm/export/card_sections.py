@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pfl_lm.export.card_privacy import privacy_lines
 from pfl_lm.export.card_recipe import shown_recipe
 from pfl_lm.export.card_text import BaseModel, count, fenced, number, safe, size, table
 from pfl_lm.export.index import BASE, RowCounts
+from pfl_lm.privacy.spent import NO_LEVER, ClientSpent
 from pfl_lm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class ClientFacts:
         scores: nats a supervised token, by split, then candidate, after the last round.
         turns: rounds in which it trained.
         bytes_down: adapter tensors it was sent, over all its turns; ``bytes_up`` those it sent.
+        spent: what its data has spent of privacy.
     """
 
     client: str
@@ -53,6 +56,7 @@ class ClientFacts:
     turns: int
     bytes_down: int
     bytes_up: int
+    spent: ClientSpent = NO_LEVER
 
 
 def base_name(base: BaseModel) -> str:
@@ -152,17 +156,32 @@ def choice_paragraph(facts: ClientFacts) -> str:
     return f"{said} Against the backbone there: {choice.margin:+.4f} nats a token ({doubt}).\n"
 
 
-def limits(run: RunFacts, *, uploads: bool) -> str:
-    """Return what to beware of; ``uploads`` if clients sent anything."""
-    return "".join(f"- {line}\n" for line in _limits(run, uploads=uploads))
+def limits(run: RunFacts, spent: ClientSpent, *, shared: bool, uploads: bool) -> str:
+    """Return what to beware of.
+
+    Args:
+        run: what all cards share.
+        spent: of this client, or the largest of all clients.
+        shared: whether this is the shared adapter.
+        uploads: whether clients sent anything.
+    """
+    lines = _limits(run, spent, shared=shared, uploads=uploads)
+    return "".join(f"- {line}\n" for line in lines)
 
 
-def _limits(run: RunFacts, *, uploads: bool) -> Iterator[str]:
+def _limits(run: RunFacts, spent: ClientSpent, *, shared: bool, uploads: bool) -> Iterator[str]:
     yield (
         "**Federated is not private.** Adapter weights can memorize what they were trained on, and "
-        "whoever has them can test for it. Treat this adapter as you would treat its training data."
+        "whoever has them can test for it. Treat this adapter as you would treat its training data"
+        f"{'' if spent == NO_LEVER else ', as far as the next lines do not bound that'}."
     )
-    if uploads:
+    yield from privacy_lines(run.recipe.privacy, spent, shared=shared)
+    if uploads and spent.record_level is not None:
+        yield (
+            "The server of this run saw each client's upload by itself; nothing was encrypted "
+            "against it. Uploads have the rows' noise in them."
+        )
+    elif uploads:
         yield (
             "What a client uploads is as telling as an adapter. The server of this run saw each "
             "client's upload by itself; unless the recipe below says so, nothing was encrypted "

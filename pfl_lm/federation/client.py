@@ -13,9 +13,15 @@ from dataclasses import dataclass, field
 
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.words import short
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
-from pfl_lm.federation.faults import attempted, in_smaller_batches, refuse_not_finite
+from pfl_lm.federation.faults import (
+    attempted,
+    in_smaller_batches,
+    refuse_not_finite,
+    refuse_other_kind,
+)
 from pfl_lm.federation.history import StateFile
 from pfl_lm.federation.messages import Assignment, Score, Split, Update
 from pfl_lm.federation.store import Store
@@ -23,7 +29,8 @@ from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import Vector
 from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method
 from pfl_lm.model.adapter import Adapter
-from pfl_lm.recipe import TrainingOptions
+from pfl_lm.privacy.dpsgd import RecordLevel
+from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
 from pfl_lm.train import LocalTrainer
 
 
@@ -43,6 +50,7 @@ class ClientSide:
     pad_token_id: int
     store: Store
     watch: Watch
+    record_level: RecordLevelOptions | None = None
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
@@ -57,10 +65,13 @@ class ClientSide:
 
     def state(self, client: str, file: StateFile | None) -> ClientState:
         """Return the state a client's last turn was committed with, or the one it begins with."""
-        if file is not None:
-            return self.store.load_client(file)
         info = ClientInfo(client, self.dataset.n_train(client), self.adapter.layout)
-        return self.method.init_client(info, self.start)
+        first = self.method.init_client(info, self.start)
+        if file is None:
+            return first
+        state = self.store.load_client(file)
+        refuse_other_kind(f"{client}'s state, {file.path}", state, first)
+        return state
 
     def candidates(self, client: str, sent: Broadcast, file: StateFile | None) -> dict[str, Vector]:
         """Return every model that could be this client's, the method's own first, base last."""
@@ -68,9 +79,19 @@ class ClientSide:
         return {**found, BASE: self.adapter.layout.without_effect(self.start)}
 
     def local_run(
-        self, client: str, steps: int, seed: int, *, halved: bool = False
+        self,
+        client: str,
+        steps: int,
+        seed: int,
+        noise_seed: int | None = None,
+        *,
+        halved: bool = False,
     ) -> LocalTrainer:
         """Return what a method may do with this client's data in a turn of ``steps`` steps."""
+        private = None
+        if self.record_level is not None:
+            assert noise_seed is not None
+            private = RecordLevel(self.record_level, noise_seed)
         return LocalTrainer(
             self.adapter,
             self.dataset.train(client),
@@ -79,11 +100,14 @@ class ClientSide:
             pad_token_id=self.pad_token_id,
             seed=seed,
             on_step=self.watch.step,
+            private=private,
         )
 
     def _train(self, task: Assignment) -> Update:
         began = time.perf_counter()
-        run = self.local_run(task.client, task.steps, task.seed, halved=task.halved)
+        run = self.local_run(
+            task.client, task.steps, task.seed, task.noise_seed, halved=task.halved
+        )
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
         if task.check_loss:
@@ -162,7 +186,7 @@ class ClientSide:
         )
         if not math.isfinite(scored.mean):
             raise DivergedError(
-                f"client {task.client!r}: the loss of its {name} model is {scored.mean} "
+                f"client {short(task.client)}: the loss of its {name} model is {scored.mean} "
                 f"after round {task.round}: training has diverged",
                 hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
             )

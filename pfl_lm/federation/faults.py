@@ -16,7 +16,7 @@ import torch
 from pfl_lm.errors import DismissedError, LostRankError, PflError, RunFolderError
 from pfl_lm.federation.messages import Assignment, Fault, Update
 from pfl_lm.layout import Vector
-from pfl_lm.methods import Broadcast, Upload
+from pfl_lm.methods import Broadcast, ClientState, ServerState, Upload
 from pfl_lm.recipe import TrainingOptions
 
 LARGEST_STEP = 100.0
@@ -26,6 +26,9 @@ DIVERGED = ("not_finite", "out_of_proportion")
 """Kinds of faults that too high a learning rate leads to."""
 
 _MOST_CHARACTERS = 300
+
+
+State = ClientState | ServerState
 
 
 class NotFiniteError(ArithmeticError):
@@ -67,6 +70,21 @@ def refuse_not_finite(what: str, vectors: Mapping[str, Vector]) -> None:
     wrong = [name for name, vector in vectors.items() if not bool(vector.isfinite().all())]
     if wrong:
         raise NotFiniteError(f"its {what} holds NaN or infinity: {', '.join(sorted(wrong))}")
+
+
+def refuse_other_kind(what: str, state: State, like: State) -> None:
+    """Make sure that a state that was read has what this method and adapter have in one.
+
+    Raises:
+        RunFolderError: names or lengths differ.
+    """
+    vectors = {name: len(vector) for name, vector in state.vectors.items()}
+    expected = {name: len(vector) for name, vector in like.vectors.items()}
+    if vectors != expected or state.scalars.keys() != like.scalars.keys():
+        raise RunFolderError(
+            f"{what}: not a state of this run's method and adapter",
+            hint="the ledger or the file was changed; put back a copy of the run folder",
+        )
 
 
 def upload_fault(sent: Broadcast, upload: Upload) -> Fault | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pfl_lm.errors import RunFolderError
 from pfl_lm.federation.schema import explained
 
 if TYPE_CHECKING:
@@ -177,10 +178,8 @@ class History:
             round,
         )
         return [
-            Turn(
-                client, StateFile(path, sha256) if path else None, up, json.loads(summary), seconds
-            )
-            for client, path, sha256, up, summary, seconds in rows
+            Turn(client, StateFile(*file) if file[0] else None, up, self._numbers(text), seconds)
+            for client, *file, up, text, seconds in rows
         ]
 
     def scored(self, round: int) -> set[str]:
@@ -284,6 +283,28 @@ class History:
             round=round,
         )
         return sorted(path for (path,) in rows)
+
+    def summaries(self) -> list[tuple[str, dict[str, float]]]:
+        """Return whose turn it was and its summary, for every turn in the order of rounds."""
+        rows = self._ask("SELECT client, summary FROM turns ORDER BY round, client")
+        return [(client, self._numbers(text)) for client, text in rows]
+
+    def number(self, key: str) -> float | None:
+        """Return a number that the run has noted of itself; None if it has not."""
+        text = self.about().get(key)
+        try:
+            return None if text is None else float(text)
+        except ValueError:
+            raise RunFolderError(f"{self.path}: {key} is {text!r}, not a number") from None
+
+    def _numbers(self, text: str) -> dict[str, float]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not all(type(x) in (int, float) for x in found.values()):
+            raise RunFolderError(f"{self.path}: a turn's summary is not numbers by name")
+        return found
 
     def _ask(self, query: str, *given: object, **named: object) -> list[tuple]:  # type: ignore[type-arg]
         with explained(self.path):

@@ -42,6 +42,7 @@ class Assignment:
         check_loss: also say what the turn's batches' loss was at its start and at its end.
         halved: take micro-batches of half the rows, twice as many of them; the last try has run
             out of memory.
+        noise_seed: of a ``train`` task, what its noise comes from; None if there is none.
     """
 
     run: str
@@ -54,6 +55,7 @@ class Assignment:
     seed: int
     check_loss: bool = False
     halved: bool = False
+    noise_seed: int | None = field(default=None, repr=False)  # a secret
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,5 +133,7 @@ def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[st
         for key in _MAY_DIFFER
         if key in then and key in now and then[key] != now[key]
     ]
+    if then.get("trace", now.get("trace")) != now.get("trace"):
+        yield "federation.availability: the trace has changed since the run began"
     if changed:
         yield f"not as when the run began: {', '.join(changed)}; last digits may differ"

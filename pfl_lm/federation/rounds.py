@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pfl_lm.errors import PflError, listed
 from pfl_lm.federation.cohort import Cohorts
-from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, upload_fault
+from pfl_lm.federation.faults import DIVERGED, TooFewClientsError, refuse_other_kind, upload_fault
 from pfl_lm.federation.fleet.serial import Fleet
 from pfl_lm.federation.history import MOST_TRIES
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
 from pfl_lm.federation.messages import Assignment, Fault, Kind, Update
+from pfl_lm.federation.noise import client_noise
 from pfl_lm.federation.store import Store, StoredUploads
 from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.methods import Broadcast, Method, ServerState, Upload
@@ -27,6 +28,7 @@ class Orchestrator:
 
     ``steps`` are the optimizer steps of each client's turn; its keys are the clients. With
     ``check_first_round`` a client whose own batches' loss rises over round 1 ends the run.
+    ``secret`` is what all noise comes from; None if there is none.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Orchestrator:
     ledger: Ledger
     watch: Watch
     check_first_round: bool = False
+    secret: int | None = field(default=None, repr=False)
 
     def run(self, start: ServerState) -> ServerState:
         """Run every round that is not over yet, and return the server's last state.
@@ -57,6 +60,7 @@ class Orchestrator:
             self._commit(0, server)
         else:
             server = self.store.load_server(self.ledger.server_file(last))
+            refuse_other_kind(f"the server's state after round {last}", server, start)
         self._welcome(last, server)
         self._score(last, server)
 
@@ -159,6 +163,7 @@ class Orchestrator:
 
     def _task(self, round: int, kind: Kind, client: str, sent: Broadcast) -> Assignment:
         training = kind == "train"
+        secret = self.secret if training else None
         return Assignment(
             run=self.recipe.name,
             round=round,
@@ -169,6 +174,7 @@ class Orchestrator:
             steps=self.steps[client],
             seed=derive_seed(self.recipe.seed, "turn", client, round),
             check_loss=self._checks(round) and training,
+            noise_seed=None if secret is None else client_noise(secret, client, round),
             halved=training and self.ledger.last_fault(round, client) == "memory",
         )
 

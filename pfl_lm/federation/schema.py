@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pfl_lm.errors import RunFolderError
@@ -16,17 +16,17 @@ from pfl_lm.errors import RunFolderError
 VERSION = 2
 
 TABLES = """
-CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE clients (
     client TEXT PRIMARY KEY, slug TEXT NOT NULL UNIQUE,
     n_train INTEGER NOT NULL, n_validation INTEGER NOT NULL, n_test INTEGER NOT NULL,
     rows_sha256 TEXT, joined INTEGER NOT NULL DEFAULT 0, data_path TEXT
-);
+) STRICT;
 CREATE TABLE cohorts (
     round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
     tries INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (round, client)
-);
+) STRICT;
 CREATE TABLE turns (
     round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
     state_path TEXT NOT NULL, state_sha256 TEXT NOT NULL,
@@ -35,73 +35,52 @@ CREATE TABLE turns (
     bytes_down INTEGER NOT NULL, bytes_up INTEGER NOT NULL,
     summary TEXT NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (round, client)
-);
+) STRICT;
 CREATE INDEX turns_by_client ON turns (client, round);
 CREATE TABLE faults (
     round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients, try INTEGER NOT NULL,
     kind TEXT NOT NULL, message TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (round, client, try)
-);
+) STRICT;
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY,
     state_path TEXT NOT NULL, state_sha256 TEXT NOT NULL, at REAL NOT NULL
-);
+) STRICT;
 CREATE TABLE scores (
     round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
     split TEXT NOT NULL, candidate TEXT NOT NULL, nll REAL NOT NULL,
     rows INTEGER NOT NULL, tokens INTEGER NOT NULL,
     PRIMARY KEY (round, client, split, candidate)
-);
+) STRICT;
 CREATE TABLE choices (
     client TEXT PRIMARY KEY REFERENCES clients, candidate TEXT NOT NULL, reason TEXT NOT NULL,
     margin REAL NOT NULL, standard_error REAL NOT NULL, round INTEGER NOT NULL
-);
-CREATE TABLE removed (client_digest TEXT PRIMARY KEY);
+) STRICT;
+CREATE TABLE removed (client_digest TEXT PRIMARY KEY) STRICT;
 CREATE TABLE attempts (
     attempt INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL,
     began REAL NOT NULL, ended REAL, outcome TEXT
-);
+) STRICT;
 """
 
+_OLD = ("choices", "scores", "turns", "rounds", "clients", "run")
+_ASIDE = "".join(f"ALTER TABLE {name} RENAME TO {name}_1;\n" for name in _OLD)
+_AWAY = "".join(f"DROP TABLE {name}_1;\n" for name in _OLD)
+
 MIGRATIONS = {
-    1: """
-ALTER TABLE clients ADD COLUMN rows_sha256 TEXT;
-ALTER TABLE clients ADD COLUMN joined INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE clients ADD COLUMN data_path TEXT;
-CREATE TABLE cohorts (
-    round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
-    tries INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (round, client)
-);
+    1: f"""
+{_ASIDE}
+{TABLES}
+INSERT INTO run SELECT * FROM run_1;
+INSERT INTO clients (client, slug, n_train, n_validation, n_test) SELECT * FROM clients_1;
 INSERT INTO cohorts (round, client)
-    SELECT round, drawn.value FROM rounds, json_each(rounds.cohort) AS drawn;
-INSERT OR IGNORE INTO cohorts (round, client) SELECT round, client FROM turns;
-ALTER TABLE rounds DROP COLUMN cohort;
-ALTER TABLE turns RENAME TO turns_1;
-CREATE TABLE turns (
-    round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
-    state_path TEXT NOT NULL, state_sha256 TEXT NOT NULL,
-    upload_path TEXT, upload_sha256 TEXT,
-    weight REAL NOT NULL, steps INTEGER NOT NULL,
-    bytes_down INTEGER NOT NULL, bytes_up INTEGER NOT NULL,
-    summary TEXT NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (round, client)
-);
+    SELECT round, drawn.value FROM rounds_1, json_each(rounds_1.cohort) AS drawn;
+INSERT OR IGNORE INTO cohorts (round, client) SELECT round, client FROM turns_1;
 INSERT INTO turns SELECT * FROM turns_1;
-DROP TABLE turns_1;
-CREATE INDEX turns_by_client ON turns (client, round);
-CREATE TABLE faults (
-    round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients, try INTEGER NOT NULL,
-    kind TEXT NOT NULL, message TEXT NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (round, client, try)
-);
-ALTER TABLE choices ADD COLUMN round INTEGER NOT NULL DEFAULT 0;
-UPDATE choices SET round = (SELECT max(round) FROM rounds);
-CREATE TABLE removed (client_digest TEXT PRIMARY KEY);
-CREATE TABLE attempts (
-    attempt INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL,
-    began REAL NOT NULL, ended REAL, outcome TEXT
-);
+INSERT INTO rounds SELECT round, state_path, state_sha256, at FROM rounds_1;
+INSERT INTO scores SELECT * FROM scores_1;
+INSERT INTO choices SELECT *, (SELECT max(round) FROM rounds_1) FROM choices_1;
+{_AWAY}
 """,
 }
 """From each version to the next, as one transaction."""
@@ -144,7 +123,32 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     for old in range(version, VERSION) if version else ():
         _run(connection, MIGRATIONS[old], old + 1)
+    if version:
+        _refuse_others(connection, path)
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _refuse_others(connection: sqlite3.Connection, path: Path) -> None:
+    """Make sure that the tables are ours, so that SQLite itself vouches for the types in them.
+
+    Raises:
+        RunFolderError: a table or its definition is another one, or the file is damaged.
+    """
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.executescript(TABLES)
+        ours = _definitions(fresh)
+    found = [problem for (problem,) in connection.execute("PRAGMA quick_check(5)")]
+    strangers = connection.execute("PRAGMA foreign_key_check").fetchone()
+    if _definitions(connection) != ours or found != ["ok"] or strangers is not None:
+        raise RunFolderError(
+            f"{path}: not a ledger as pfl-lm writes it",
+            hint="the file was damaged or changed; put back a copy of the run folder",
+        )
+
+
+def _definitions(connection: sqlite3.Connection) -> set[str]:
+    rows = connection.execute("SELECT sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'")
+    return {" ".join(str(sql).split()) for (sql,) in rows}
 
 
 def _run(connection: sqlite3.Connection, statements: str, version: int) -> None:

@@ -67,6 +67,8 @@ class Store:
     def load_upload(self, file: StateFile) -> Upload:
         """Read what a client sent, checked against its row."""
         vectors, scalars = self._read(file)
+        if "weight" not in scalars:
+            raise RunFolderError(f"{self.run_folder / file.path}: an upload without a weight")
         return Upload(vectors, weight=scalars.pop("weight"), scalars=scalars)
 
     def discard(self, paths: Iterable[str]) -> None:
@@ -157,10 +159,19 @@ class Store:
             vectors = {name: v.to(self.device) for name, v in load(content).items()}
             size = int.from_bytes(content[:8], "little")
             scalars = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["scalars"])
-        except (SafetensorError, KeyError, ValueError) as error:
+            _check_kinds(vectors, scalars)
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             where = self.run_folder / file.path
             raise RunFolderError(f"{where}: cannot be read: {error}") from error
         return vectors, scalars
+
+
+def _check_kinds(vectors: Mapping[str, Vector], scalars: object) -> None:
+    wrong = [n for n, v in vectors.items() if v.dtype != torch.float32 or v.dim() != 1]
+    if wrong:
+        raise ValueError(f"not vectors of float32: {', '.join(sorted(wrong))}")
+    if not isinstance(scalars, dict) or not all(type(x) in (int, float) for x in scalars.values()):
+        raise ValueError("its scalars are not numbers by name")
 
 
 class StoredUploads(Sequence[Upload]):

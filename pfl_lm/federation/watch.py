@@ -29,7 +29,8 @@ class RoundReport:
     """One round in a few numbers; losses in nats a supervised token.
 
     Attributes:
-        train_loss: mean over the cohort of the last step's loss; None for round 0.
+        train_loss: mean over the cohort of the last step's loss; None for round 0, and where
+            training is private.
         mean: unweighted mean over clients of the candidate's validation score.
         worst: the largest of them, and whose it is.
     """

@@ -66,8 +66,14 @@ class Sent:
         return len(self.uploads)
 
     def __iter__(self) -> Iterator[Weighted]:
-        """Yield one upload's vector and weight after the other."""
+        """Yield one upload's vector and weight after the other.
+
+        Raises:
+            AggregationError: an upload has no such vector.
+        """
         for upload in self.uploads:
+            if self.name not in upload.vectors:
+                raise AggregationError(f"an upload has no vector {self.name!r}")
             yield upload.vectors[self.name], upload.weight
 
 

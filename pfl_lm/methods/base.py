@@ -21,6 +21,7 @@ from pfl_lm.recipe import AggregationOptions
 if TYPE_CHECKING:
     import lightning as L
 
+    from pfl_lm.privacy.clients import ClientLevel
     from pfl_lm.recipe import TrainingOptions
     from pfl_lm.train import Moments
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Setup:
     """What every method is told of the run: the server's layout, and the recipe beside the method.
 
-    ``aggregation`` is for `combine`; a method that averages hands it on.
+    ``aggregation`` and ``client_level`` are for `combine`, which a method that averages calls.
     """
 
     layout: AdapterLayout
@@ -37,6 +38,7 @@ class Setup:
     seed: int
     training: TrainingOptions
     aggregation: AggregationOptions = field(default_factory=AggregationOptions)
+    client_level: ClientLevel | None = None
 
 
 @dataclass(frozen=True, slots=True)

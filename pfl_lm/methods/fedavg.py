@@ -54,7 +54,7 @@ class FedAvg(Method):
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, by the recipe's rule."""
         before = server.vectors["global_weights"]
-        combined = combine(self.setup.aggregation, before, uploads, "weights")
+        combined = combine(self.setup, round, before, uploads, "weights")
         return ServerState({"global_weights": combined})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:

@@ -21,6 +21,7 @@ from pfl_lm.plan.files import Disk, planned_disk
 from pfl_lm.plan.memory import Memory, process_bytes, vector_bytes
 from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
 from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
+from pfl_lm.privacy.spent import ClientSpent, largest, noted, spent_by_client
 from pfl_lm.recipe import LoadedRecipe, Recipe
 
 
@@ -53,6 +54,7 @@ class Plan:
         layout: of every adapter.
         in_round: how many clients train in a round, at least and at most.
         steps: optimizer steps of all rounds and clients.
+        spent: the most that any client's data will have spent of privacy.
         memory: None if this backbone's code asks for numbers, which a plan has not got.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     in_round: tuple[int, int]
     steps: int
     traffic: Traffic
+    spent: ClientSpent
     memory: Memory | None
     disk: Disk
 
@@ -118,6 +121,7 @@ def make_plan(
         in_round=(min(sizes), max(sizes)),
         steps=sum(steps[client] for chosen in taking_part for client in chosen),
         traffic=traffic,
+        spent=_planned_spending(recipe, clients, taking_part),
         memory=memory,
         disk=planned_disk(recipe, dataset.client_ids, taking_part, traffic, FLOAT * layout.d),
     )
@@ -135,6 +139,19 @@ def _client(client: ClientData, recipe: Recipe) -> ClientPlan:
         dropped=sum(count.dropped for count in counts),
         steps=recipe.training.steps_for(client.n_train),
     )
+
+
+def _planned_spending(
+    recipe: Recipe, clients: Sequence[ClientPlan], taking_part: Sequence[Sequence[str]]
+) -> ClientSpent:
+    """Account for every turn of the run as if it had been taken."""
+    lever, rows_in_step = recipe.privacy.record_level, recipe.training.rows_in_step
+    told: dict[str, dict[str, float]] = {client.id: {} for client in clients}
+    if lever is not None:
+        sigma = lever.noise_multiplier
+        told = {c.id: noted(sigma, c.train, rows_in_step, c.steps) for c in clients}
+    turns = [(client, told[client]) for chosen in taking_part for client in chosen]
+    return largest(spent_by_client(turns, recipe.privacy, told))
 
 
 def _rehearsed(

@@ -7,6 +7,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
+from pfl_lm.recipe.privacy import ClientLevelOptions, PrivacyOptions, RecordLevelOptions
 from pfl_lm.recipe.schema import (
     AdapterOptions,
     AggregationOptions,
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterOptions",
     "AggregationOptions",
     "BackboneOptions",
+    "ClientLevelOptions",
     "DataOptions",
     "FedAvgOptions",
     "FederationOptions",
@@ -30,7 +32,9 @@ __all__ = [
     "LocalOptions",
     "MethodOptions",
     "PFLAlignOptions",
+    "PrivacyOptions",
     "Recipe",
+    "RecordLevelOptions",
     "RuntimeOptions",
     "TrainingOptions",
     "json_schema",

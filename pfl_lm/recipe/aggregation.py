@@ -17,7 +17,10 @@ _OWNER = {"clip_norm": "clipped_mean", "trim_fraction": "trimmed_mean"}
 
 
 class AggregationOptions(Options):
-    """How the server makes one adapter of many; every rule but `mean` bears some bad uploads."""
+    """How the server makes one adapter of many; every rule but `mean` bears some bad uploads.
+
+    What each of them bears, and what it costs clients who differ: [robustness](robustness.md).
+    """
 
     rule: Literal["mean", "clipped_mean", "median", "trimmed_mean"] = Field(
         default="mean",

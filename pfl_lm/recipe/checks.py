@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from pfl_lm.errors import ModelError, PflError
+from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.sections import RuntimeOptions
+
+_THREADS_A_CORE = 16
 
 
 def refuse_no_model(folder: Path) -> None:
@@ -41,4 +45,34 @@ def refuse_no_tracker(runtime: RuntimeOptions) -> None:
         raise PflError(
             "runtime.tracking: tensorboard is not installed here",
             hint='pip install "pfl-lm[tracking]"',
+        )
+
+
+def refuse_many_threads(runtime: RuntimeOptions) -> None:
+    """Check that ``runtime.threads`` is no more than a machine like this one bears.
+
+    Threads that wait for a core make every step slower, and thousands make it stand still.
+
+    Raises:
+        PflError: there are more than sixteen to a core.
+    """
+    cores = os.cpu_count() or 1
+    if runtime.threads is not None and runtime.threads > _THREADS_A_CORE * cores:
+        raise PflError(
+            f"runtime.threads: {runtime.threads}, and this machine has {cores} cores; the most is "
+            f"{_THREADS_A_CORE * cores}",
+            hint=f"runtime.threads={cores} is one a core",
+        )
+
+
+def refuse_no_opacus(privacy: PrivacyOptions) -> None:
+    """Check that Opacus is installed if a privacy lever is set; it is not imported.
+
+    Raises:
+        PflError: it is not.
+    """
+    if privacy.first_asked and find_spec("opacus") is None:
+        raise PflError(
+            f"privacy.{privacy.first_asked}: opacus is not installed here",
+            hint='pip install "pfl-lm[privacy]"',
         )

@@ -1,7 +1,7 @@
 """What a recipe's ``compare`` section asks for, method by method, each as a recipe of its own.
 
-Two contenders of one comparison differ in nothing but method, optimizer and learning rate. The
-server's rule of aggregation goes with all that send it something.
+Two contenders of one comparison differ in nothing but method, optimizer and learning rate. What the
+server does with uploads, its rule of aggregation and its noise, goes with all that send it any.
 """
 
 from __future__ import annotations
@@ -126,8 +126,11 @@ def _contender(
 def _data(method: ComparedMethod, draft: Draft) -> dict[str, Any]:
     """Return the recipe's data with this method's section in it, and no comparison."""
     section = _section(method, draft)
-    left_out = {"compare", *(("aggregation",) if section.get("name") == LOCAL else ())}
-    data = {key: value for key, value in draft.data.items() if key not in left_out}
+    data = {key: value for key, value in draft.data.items() if key != "compare"}
+    if section.get("name") == LOCAL:  # it sends nothing that could be averaged or protected
+        data.pop("aggregation", None)
+        if isinstance(privacy := data.get("privacy"), dict):
+            data["privacy"] = {k: v for k, v in privacy.items() if k != "client_level"}
     return {**data, "method": section}
 
 

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from pfl_lm.recipe.draft import Draft
 from pfl_lm.recipe.methods import METHOD_OPTIONS
 from pfl_lm.recipe.nearest import nearest
-from pfl_lm.recipe.options import BROKEN_RULE
+from pfl_lm.recipe.options import BROKEN_RULE, Options
 from pfl_lm.recipe.scalars import brief, show
 from pfl_lm.recipe.suggest import owners, section_class, suggest_key
 from pfl_lm.recipe.yaml12 import Location
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
 
     @property
     def section(self) -> str:
-        return re.sub(r"\[\d+\]", "[]", _dotted(self.at[:-1]))
+        return _section(self.at)
 
     @property
     def key(self) -> str:
@@ -50,10 +50,14 @@ class _Place(NamedTuple):
 
     @property
     def field(self) -> FieldInfo | None:
-        if isinstance(self.at[-1], int):  # an item: the list's own field
-            return _Place(self.at[:-1], self.method).field
-        options = section_class(self.section, self.method)
-        return options.model_fields.get(self.key) if options else None
+        at = self.at
+        while at and (isinstance(at[-1], int) or (len(at) > 2 and self._options(at) is None)):
+            at = at[:-1]  # an item of a list, or within a value that is no section
+        options = self._options(at) if at else None
+        return options.model_fields.get(str(at[-1])) if options else None
+
+    def _options(self, at: Location) -> type[Options] | None:
+        return section_class(_section(at), self.method)
 
 
 def explain(error: ValidationError, draft: Draft) -> list[str]:
@@ -85,6 +89,11 @@ def _placed(place: _Place, said: str, draft: Draft) -> tuple[str, tuple[int, int
     if line := draft.line_of(place.at):
         return f"line {line}  {name}: {said}", (0, line)
     return f"{name}: {said}", (1, 0)
+
+
+def _section(at: Location) -> str:
+    """Return the section of a key, as `section_class` takes it."""
+    return re.sub(r"\[\d+\]", "[]", _dotted(at[:-1]))
 
 
 def _dotted(at: Location) -> str:

@@ -14,6 +14,7 @@ from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.places import place_backbone, place_data, place_federation, place_runtime
+from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.schema import Recipe
 from pfl_lm.recipe.sections import (
     BackboneOptions,
@@ -58,6 +59,7 @@ class Parts:
     run_folder: Path | None
     runtime: RuntimeOptions | None
     federation: FederationOptions | None
+    privacy: PrivacyOptions | None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -108,12 +110,13 @@ def valid_parts(draft: Draft) -> Parts:
     data = _part(DataOptions, "data", place_data, draft)
     runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
     federation = _part(FederationOptions, "federation", place_federation, draft)
+    privacy = _part(PrivacyOptions, "privacy", lambda options, draft: options, draft)
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, data, None, runtime, federation)
+        return Parts(backbone, data, None, runtime, federation, privacy)
     folder = Path(runtime.output_dir) / name if runtime else None
-    return Parts(backbone, data, folder, runtime, federation)
+    return Parts(backbone, data, folder, runtime, federation, privacy)
 
 
 def _part(

@@ -95,6 +95,11 @@ class PFLAlignOptions(Options):
         description="What Δ is measured from: pre, the w_g its round started from; post, the w_g "
         "the next turn receives, so that a client starts where it ended.",
     )
+    stale_offset: Literal["keep", "decay"] = Field(
+        default="keep",
+        description="Δ of a client that missed k rounds: keep it as it is, or decay, Δ⊙(1-Γ)^k "
+        "with Γ the mean of γ over its last turn.",
+    )
     weighting: Weighting = "examples"
 
     @model_validator(mode="before")
@@ -115,6 +120,22 @@ class PFLAlignOptions(Options):
             raise broken(
                 "post starts each client where it ended, which `personalized_start: false` forbids",
                 "offset_reference",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_decays(self) -> Self:
+        if self.stale_offset == "decay" and self.offset_reference == "post":
+            raise broken(
+                "decay shrinks a kept offset, and with `offset_reference: post` none is kept: a "
+                "client starts where it ended, however long ago",
+                "stale_offset",
+            )
+        if self.stale_offset == "decay" and self.correction == "none":
+            raise broken(
+                "decay goes by the share Γ that corrections take off the offset, and "
+                "`correction: none` takes none: nothing would ever decay",
+                "stale_offset",
             )
         return self
 

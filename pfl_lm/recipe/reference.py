@@ -14,7 +14,7 @@ from typing import Any
 from pfl_lm.recipe.methods import METHOD_OPTIONS, PRESETS
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.schema import Recipe
-from pfl_lm.recipe.suggest import COMPARED, section_class
+from pfl_lm.recipe.suggest import section_class, subsections
 
 Schema = Mapping[str, Any]
 
@@ -57,9 +57,9 @@ def _page() -> Iterator[str]:
         elif options := section_class(section):
             yield f"## {section}\n"
             yield from _section(options, section)
-            for inner in (name for name in COMPARED if name.startswith(f"{section}.")):
-                yield f"### {inner}\n"
-                yield from _section(COMPARED[inner], inner)
+            for name, inner in subsections(section).items():
+                yield f"### {name}\n"
+                yield from _section(inner, name)
 
 
 def _methods() -> Iterator[str]:
@@ -88,12 +88,13 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
     yield "| key | value | default | |"
     yield "|---|---|---|---|"
     for key, field in schema["properties"].items():
-        section = options is Recipe and (key == "method" or section_class(key) is not None)
-        value = f"[section](#{key})" if section else _value(field)
+        name = f"{prefix}{key}"
+        section = name == "method" or section_class(name) is not None
+        value = f"[section](#{re.sub(r'[^a-z_]', '', name)})" if section else _value(field)
         default = f"`{_yaml(field['default'])}`" if "default" in field else "its own"
         if key in schema.get("required", ()):
             default = ""
-        cells = (f"`{prefix}{key}`", value, default, field.get("description", ""))
+        cells = (f"`{name}`", value, default, field.get("description", ""))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 

@@ -10,6 +10,7 @@ from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
@@ -26,6 +27,7 @@ __all__ = [
     "BackboneOptions",
     "DataOptions",
     "FederationOptions",
+    "PrivacyOptions",
     "Recipe",
     "RuntimeOptions",
     "TrainingOptions",
@@ -73,6 +75,11 @@ class Recipe(Options):
         default_factory=AggregationOptions,
         description="What the server makes of the clients' uploads.",
         examples=[{"rule": "median"}],
+    )
+    privacy: PrivacyOptions = Field(
+        default_factory=PrivacyOptions,
+        description="Differential privacy: nothing unless asked for.",
+        examples=[{"record_level": "{noise_multiplier: 1.0, max_grad_norm: 1.0, delta: 1e-5}"}],
     )
     runtime: RuntimeOptions = Field(
         default_factory=RuntimeOptions,
@@ -131,6 +138,13 @@ class Recipe(Options):
                 "aggregation",
                 "rule",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_what_is_sent(self) -> Self:
+        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation)
+        if wrong is not None:
+            raise wrong
         return self
 
     def run_options(self) -> dict[str, Any]:

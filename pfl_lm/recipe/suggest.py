@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import get_args
 
-from pfl_lm.recipe.compared import ComparedMethod, ComparedTraining, CompareOptions
+from pfl_lm.recipe.compared import ComparedMethod, ComparedTraining
 from pfl_lm.recipe.methods import METHOD_OPTIONS
 from pfl_lm.recipe.nearest import nearest
 from pfl_lm.recipe.options import Options
@@ -39,6 +40,9 @@ _SYNONYMS = {
     "federation.availability": ("trace", "availability_trace"),
     "federation.min_clients": ("min_available_nodes", "min_train_nodes", "min_available_clients"),
     "method": ("algorithm", "strategy"),
+    "privacy": ("dp", "differential_privacy"),
+    "privacy.client_level": ("user_level", "client_dp", "dp_fedavg"),
+    "privacy.record_level": ("dp_sgd", "dpsgd", "example_level", "sample_level", "row_level"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
     "runtime.tracking": ("tracker", "report_to", "logger", "tensorboard"),
@@ -55,24 +59,34 @@ _MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}
 
 
 COMPARED: dict[str, type[Options]] = {
-    "compare": CompareOptions,
     "compare.methods[]": ComparedMethod,
     "compare.methods[].training": ComparedTraining,
 }
-"""The section that a comparison adds, and what is in it; ``[]`` stands for any of a list."""
+"""Sections within the items of a list, which ``[]`` stands for."""
 
 
 def section_class(section: str, method: str | None = None) -> type[Options] | None:
-    """Return the options class of a section; ``""`` is the recipe itself."""
+    """Return the options class of a section, dotted if within another; ``""`` is the recipe."""
     if section == "":
         return Recipe
     if section in COMPARED:
         return COMPARED[section]
     if section == "method":
         return METHOD_OPTIONS.get(method or "")
-    field = Recipe.model_fields.get(section)
-    kind = field.annotation if field else None
-    return kind if isinstance(kind, type) and issubclass(kind, Options) else None
+    above, _, name = section.rpartition(".")
+    options = section_class(above, method)
+    field = options.model_fields.get(name) if options else None
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    classes = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options))
+    return next(classes, None)
+
+
+def subsections(section: str) -> dict[str, type[Options]]:
+    """Return the sections within a section, by their dotted names."""
+    options = section_class(section)
+    inner = [f"{section}.{key}" for key in (options.model_fields if options else ())]
+    inner += [name for name in COMPARED if name.startswith(f"{section}.")]
+    return {name: found for name in inner if (found := section_class(name)) is not None}
 
 
 @cache
@@ -83,9 +97,8 @@ def all_keys() -> dict[str, tuple[str, ...]]:
         dotted[section] = None
         classes = METHOD_OPTIONS.values() if section == "method" else [section_class(section)]
         for options in classes:
-            dotted.update(
-                (f"{section}.{key}", None) for key in (options.model_fields if options else ())
-            )
+            if options is not None:
+                dotted.update(_keys(section, options))
     by_leaf: dict[str, tuple[str, ...]] = {}
     for key in dotted:
         leaf = key.rpartition(".")[2]
@@ -93,10 +106,18 @@ def all_keys() -> dict[str, tuple[str, ...]]:
     return by_leaf
 
 
+def _keys(section: str, options: type[Options]) -> dict[str, None]:
+    keys: dict[str, None] = {f"{section}.{key}": None for key in options.model_fields}
+    for name, inner in subsections(section).items():
+        keys |= _keys(name, inner)
+    return keys
+
+
 def suggest_key(section: str, key: str, method: str | None = None) -> str | None:
     """Return the dotted key that ``key``, found in ``section``, probably means.
 
-    Tried in turn: a synonym, a similar key here, the same or a similar key anywhere.
+    Tried in turn: a synonym (of a key here, if it is one), a similar key here, the same or a
+    similar key anywhere.
     """
     options = section_class(section, method)
     here = {
@@ -106,7 +127,7 @@ def suggest_key(section: str, key: str, method: str | None = None) -> str | None
     if word in here:
         return here[word]
     if word in _MEANT:
-        return _MEANT[word]
+        return here.get(_MEANT[word].rpartition(".")[2], _MEANT[word])
     if similar := nearest(word, here):
         return here[similar]
     if similar := nearest(word, all_keys(), cutoff=0.75):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pfl_lm.evaluate import BASE
 from pfl_lm.export.adapters import ClientResult
+from pfl_lm.privacy.spent import largest, said
 
 
 def split_shown(results: Sequence[ClientResult]) -> str:
@@ -59,12 +60,21 @@ def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
         f"{helped} of {len(gains)} clients helped, {hurt} hurt, {same} unchanged; "
         f"worst off: {worst.client}, {loss:.3f}"
     ]
+    lines += privacy_lines(results)
     lines += [f"{folder / 'adapters'}  one PEFT folder per client", f"{folder / 'metrics.csv'}"]
     example = results[0]
     load = f'PeftModel.from_pretrained(model, "{folder / "adapters" / example.slug}")'
     push = f"pfl-lm push {shlex.quote(str(folder))} --repo ORG/NAME --dry-run"
     lines += [f"next: load {example.client}'s adapter with  {load}"]
     return [*lines, f"      or see what a push to the Hub would send:  {push}"]
+
+
+def privacy_lines(results: Sequence[ClientResult]) -> list[str]:
+    """Return the largest ε of any client for each lever that was set, in one line or none."""
+    most = largest({result.client: result.spent for result in results})
+    levers = (("rows", most.record_level), ("clients", most.client_level))
+    told = [f"{what}, {said(spent)}" for what, spent in levers if spent is not None]
+    return [f"differential privacy, most of any client: {'; '.join(told)}"] if told else []
 
 
 def worst_client(results: Sequence[ClientResult]) -> ClientResult:

@@ -88,13 +88,16 @@ class AlignmentTurn:
         self._gamma_sum += self.current.gamma
         return self.current
 
+    def correction_taken(self) -> Vector:
+        """Return Γ, the share of Δ that this turn has taken off: γ summed over its steps, by T."""
+        return self._gamma_sum / self.steps
+
     def summary(self) -> dict[str, float]:
         """Return what a reader of the run wants to know of this turn, as plain numbers."""
-        removed = self._gamma_sum / self.steps  # Γ: the share of Δ this turn has taken off
         return {
             "preconditioner_mean": float(self.state.preconditioner.mean()),
             "gamma_mean": float(self._gamma_sum.mean() / max(self._taken, 1)),
-            "correction_mean": float(removed.mean()),
+            "correction_mean": float(self.correction_taken().mean()),
             "offset_norm_before": float(self.offset.norm()),
             "skipped_steps": float(self.skipped),
         }

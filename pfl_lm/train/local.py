@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,13 +16,17 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
 from pfl_lm.data.batches import training_batches
+from pfl_lm.data.poisson import poisson_steps
+from pfl_lm.errors import RecipeError
 from pfl_lm.layout import Factor, Vector
+from pfl_lm.privacy.spent import expected_rows, noted
 from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
     from pfl_lm.model.adapter import Adapter
+    from pfl_lm.privacy.dpsgd import PrivateGradient, RecordLevel
     from pfl_lm.recipe import TrainingOptions
 
 # Lightning sets its loggers to INFO on import and would greet every client of every round.
@@ -40,6 +45,7 @@ class LocalTrainer:
         pad_token_id: what fills a batch up.
         seed: fixes batches and dropout; every fit of the turn sees the same ones.
         on_step: called after each optimizer step.
+        private: the record-level lever, if it is set: every fit then trains by DP-SGD.
 
     Attributes:
         n_examples: the client's training rows.
@@ -57,6 +63,7 @@ class LocalTrainer:
         pad_token_id: int,
         seed: int,
         on_step: Callable[[], None] | None = None,
+        private: RecordLevel | None = None,
     ) -> None:
         self.adapter = adapter
         self.examples = examples
@@ -64,10 +71,12 @@ class LocalTrainer:
         self.steps = steps
         self.pad_token_id = pad_token_id
         self.seed = seed
+        self.private = private
         self.n_examples = len(examples)
         self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
         self._ticks = [] if on_step is None else [_Ticker(on_step)]
+        self._fits = 0
 
     def train(
         self,
@@ -85,12 +94,17 @@ class LocalTrainer:
         self.adapter.write(start)
         self.adapter.train_only(trainable)
         self.adapter.model.train()
-        module = PersonalizedLM(self.adapter, self.training, moments)
+        private, batches, accumulation = self._gradients(steps)
+        module = PersonalizedLM(self.adapter, self.training, moments, private)
         device = self.adapter.weights.device
-        with _quiet(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            _quiet(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            nullcontext() if private is None else private.watching(),
+        ):
             torch.manual_seed(self.seed)
-            trainer = _trainer(device, self.training, steps, [*callbacks, *self._ticks])
-            trainer.fit(module, self._batches(steps))
+            trainer = _trainer(device, accumulation, steps, [*callbacks, *self._ticks])
+            trainer.fit(module, batches)
         if moments is not None:
             moments.step += trainer.global_step
         self.adapter.model.eval()
@@ -101,7 +115,11 @@ class LocalTrainer:
         """Return the mean token loss of one batch at ``at`` and its gradient, ``(d,)``.
 
         Overwrites the resident adapter.
+
+        Raises:
+            RecipeError: the record-level lever is set, which covers nothing but fits.
         """
+        self._refuse_bare_numbers()
         self.adapter.write(at)
         self.adapter.train_only(None)
         self.adapter.zero_grad()
@@ -122,13 +140,41 @@ class LocalTrainer:
         """Return the mean loss of a fit's batches at fixed weights, nats a supervised token.
 
         Overwrites the resident adapter, trains nothing.
+
+        Raises:
+            RecipeError: the record-level lever is set, which covers nothing but fits.
         """
+        self._refuse_bare_numbers()
         self.adapter.write(at)
         losses = [
             float(sum(nll_sum(self.adapter.model, batch) / batch["window_tokens"] for batch in w))
             for w in self.windows(steps)
         ]
         return math.fsum(losses) / len(losses)
+
+    def _gradients(self, steps: int) -> tuple[PrivateGradient | None, Any, int]:
+        """Return what a fit's gradients go through, its batches, and how many make a step."""
+        if self.private is None:
+            return None, self._batches(steps), self.training.gradient_accumulation_steps
+        fit, self._fits = self._fits, self._fits + 1
+        expected = expected_rows(self.n_examples, self.training.rows_in_step)
+        batches = poisson_steps(
+            self.examples,
+            steps=steps,
+            rate=expected / self.n_examples,
+            batch_size=self.training.per_device_train_batch_size,
+            pad_token_id=self.pad_token_id,
+            seed=self.private.sampling_seed(fit),
+        )
+        return self.private.gradient(self.adapter, fit, expected), batches, 1
+
+    def _refuse_bare_numbers(self) -> None:
+        if self.private is not None:
+            raise RecipeError(
+                "privacy.record_level: this method reads losses or gradients outside of training, "
+                "where no noise is added",
+                hint="leave privacy.record_level out, or choose another method",
+            )
 
     def _batches(self, steps: int) -> Any:
         return training_batches(
@@ -146,6 +192,14 @@ class LocalTrainer:
         if losses:
             self.summary["loss_first"] = losses[0]
             self.summary["loss_last"] = losses[-1]
+        if module.private is not None and self.private is not None:
+            self._account(module.private, self.private)
+
+    def _account(self, fit: PrivateGradient, lever: RecordLevel) -> None:
+        """Say what an accountant has to know, of this fit and of those before it in the turn."""
+        steps = int(self.summary.get("dp_steps", 0)) + fit.released
+        sigma, rows_in_step = lever.options.noise_multiplier, self.training.rows_in_step
+        self.summary.update(noted(sigma, self.n_examples, rows_in_step, steps))
 
 
 class _Ticker(L.Callback):
@@ -171,7 +225,7 @@ class _quiet(warnings.catch_warnings):  # noqa: N801
 
 
 def _trainer(
-    device: torch.device, training: TrainingOptions, steps: int, callbacks: list[L.Callback]
+    device: torch.device, accumulation: int, steps: int, callbacks: list[L.Callback]
 ) -> L.Trainer:
     return L.Trainer(
         strategy=SingleDeviceStrategy(device=device),
@@ -179,7 +233,7 @@ def _trainer(
         devices=1,
         max_epochs=1,
         max_steps=steps,
-        accumulate_grad_batches=training.gradient_accumulation_steps,
+        accumulate_grad_batches=accumulation,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

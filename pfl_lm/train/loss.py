@@ -37,6 +37,12 @@ def nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return by_token.view(labels.shape).sum(dim=1)
 
 
+def mean_nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Return each row's nll by its own supervised tokens, ``(batch,)``: a row is one record."""
+    n_supervised: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    return nll_by_row(model, batch) / n_supervised.clamp(min=1)
+
+
 def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     outputs = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False

@@ -18,10 +18,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from typing_extensions import override
 
 from pfl_lm.layout import AdapterLayout, Vector
-from pfl_lm.train.loss import nll_sum
+from pfl_lm.train.loss import mean_nll_by_row, nll_sum
 
 if TYPE_CHECKING:
     from pfl_lm.model.adapter import Adapter
+    from pfl_lm.privacy.dpsgd import PrivateGradient
     from pfl_lm.recipe import TrainingOptions
 
 
@@ -49,19 +50,26 @@ class PersonalizedLM(L.LightningModule):
         adapter: the resident adapter, already holding this client's start.
         training: learning rate, optimizer, accumulation.
         moments: AdamW's moments to go on from, updated in place; None starts from zero.
+        private: what every gradient goes through before anything sees it; None leaves them as
+            they are. With it a batch is a whole step of `poisson_steps`.
 
     Attributes:
-        step_losses: one scalar tensor an optimizer step, nats a supervised token.
+        step_losses: one scalar tensor an optimizer step, nats a supervised token; none if private.
     """
 
     def __init__(
-        self, adapter: Adapter, training: TrainingOptions, moments: Moments | None = None
+        self,
+        adapter: Adapter,
+        training: TrainingOptions,
+        moments: Moments | None = None,
+        private: PrivateGradient | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         self.personal = nn.ParameterList(adapter.parameters())
         self.training_options = training
         self.moments = moments
+        self.private = private
         self.step_losses: list[Tensor] = []
 
     @override
@@ -70,12 +78,28 @@ class PersonalizedLM(L.LightningModule):
 
         Lightning divides by the number of accumulated micro-batches and DDP by the ranks; what is
         left is the window's summed nll over the window's supervised tokens.
+
+        A private step goes backward here, row by row, and returns a loss without a gradient.
         """
+        if self.private is not None:
+            return self._private_step(self.private, batch)
         accumulation = self.training_options.gradient_accumulation_steps
         nll = nll_sum(self.adapter.model, batch)
         self._count(nll.detach() / batch["window_tokens"], first=batch_idx % accumulation == 0)
         window_tokens: int = batch["window_tokens"]
         return nll * accumulation * self.trainer.world_size / window_tokens
+
+    @override
+    def on_after_backward(self) -> None:
+        """Put a private step's gradient in the place of the one that went backward."""
+        if self.private is not None:
+            self.private.release()
+
+    def _private_step(self, private: PrivateGradient, step: Mapping[str, Any]) -> Tensor:
+        for batch in step["micro_batches"]:
+            private.add(mean_nll_by_row(self.adapter.model, batch))
+        trained: Tensor = next(each for each in self.personal if each.requires_grad)
+        return trained.sum() * 0.0  # Lightning wants something to go backward from
 
     @override
     def configure_optimizers(self) -> Optimizer:

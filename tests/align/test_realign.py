@@ -10,6 +10,7 @@ from pfl_lm.align import (
     AlignmentState,
     alignment_step,
     correction_share,
+    decayed_offset,
     offset_after_round,
     realigned_start,
 )
@@ -64,6 +65,17 @@ def test_correction_share_by_hand():
     assert correction_share(gamma, offset, 1).tolist() == [0.0, 4.0, -8.0, 0.0]
     assert gamma.tolist() == [0.0, 0.5, 1.0, 1.0]
     assert offset.tolist() == [8.0, 8.0, -8.0, 0.0]
+
+
+def test_an_offset_decays_by_what_each_missed_round_would_have_taken():
+    offset, correction = torch.tensor([8.0, -8.0, 8.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 0.25])
+    assert decayed_offset(offset, correction, 1).tolist() == [8.0, -4.0, 0.0, 0.75]
+    assert decayed_offset(offset, correction, 3).tolist() == [8.0, -1.0, 0.0, 0.421875]
+    assert decayed_offset(offset, correction, 0) is offset
+    assert offset.tolist() == [8.0, -8.0, 8.0, 1.0]
+    assert correction.tolist() == [0.0, 0.5, 1.0, 0.25]
+    with pytest.raises(ValueError, match="not negative, got -1"):
+        decayed_offset(offset, correction, -1)
 
 
 @pytest.mark.parametrize("steps", [0, -1])

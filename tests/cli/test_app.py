@@ -14,6 +14,7 @@ from pfl_lm.cli.app import app
 from pfl_lm.cli.exits import exits, plain
 from pfl_lm.errors import DismissedError, LostRankError, PflError
 from tests.recipe.minimal import write
+from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
@@ -129,6 +130,20 @@ def test_finetune_hands_over_recipe_and_overrides(
 
     path = tmp_path / "r.yaml"
     assert calls == [(path, ["a.b=1", "c=[d]"], False), (path, [], True)]
+
+
+def test_ids_and_folders_are_shown_escaped_and_cut(tmp_path: Path) -> None:
+    client = f"\u202e{'x' * 9_999}"
+    rows = [{"client": client, "text": text} for text in ("one", "two", "three")]
+    write_jsonl(tmp_path / "clients.jsonl", rows)
+
+    code, stdout, _ = run(
+        "validate", str(write(tmp_path)), f'runtime.output_dir="{tmp_path}/\\e[2J"'
+    )
+
+    assert code == 0
+    assert f"\n    \\u202e{'x' * 118}…  2 / 1 / 0\n" in stdout
+    assert f"\n  run folder  {tmp_path}/\\x1b[2J/small\n" in stdout
 
 
 ENDS = [

@@ -216,6 +216,15 @@ def test_without_any_test_rows_the_table_is_about_validation() -> None:
     ]
 
 
+def test_what_acts_on_a_terminal_is_escaped_and_long_ids_are_cut(clock: Clock) -> None:
+    console = Console(file=StringIO(), width=20)
+    follow(console, clock, f"\u202e\x1b[2J{'x' * 10_000}")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\u202e" not in shown
+    assert ESCAPE not in shown
+    assert f" \\u202e\\x1b[2J{'x' * 114}… · " in shown
+
+
 @pytest.mark.parametrize("name", MARKUP)
 def test_names_in_the_table_are_text_and_never_markup(name: str) -> None:
     results = [client(name, "local", base=2.0, local=1.5)]

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from pfl_lm.cli.app import app
 from pfl_lm.cli.plan import size
+from pfl_lm.privacy.spent import said, spent
 from pfl_lm.recipe import load_recipe
 from pfl_lm.recipe.yaml12 import read_yaml
 from tests.tiny import client_rows, tiny_recipe, write_jsonl
@@ -155,3 +156,21 @@ def test_local_refuses_a_rule(tmp_path: Path) -> None:
     code, _, stderr = run("validate", recipe, "method.name=local", "aggregation.rule=median")
     assert code == 2
     assert "`local` sends nothing to the server, so no rule has anything to work on" in stderr
+
+
+def test_a_plan_says_what_privacy_would_be_spent(plan: str, tmp_path: Path) -> None:
+    assert "differential" not in plan
+    assert not [line for line in plan.splitlines() if line.startswith("privacy    ")]
+    levers = (
+        "privacy.record_level={noise_multiplier: 1.0, max_grad_norm: 1.0, delta: 1e-3}",
+        "privacy.client_level={noise_multiplier: 2.0, clip_norm: 1.0, delta: 1e-2}",
+    )
+    code, stdout, _ = run(
+        "plan", str(tmp_path / "recipe.yaml"), *levers, "method.weighting=uniform"
+    )
+    assert code == 0
+    rows = said(spent({(1.0, 2 / 5): 4}, 1e-3))
+    clients = said(spent({(2.0, 1.0): 2}, 1e-2))
+    assert (
+        f"privacy    rows, {rows}; clients, {clients}: the most of any client, after all rounds"
+    ) in stdout

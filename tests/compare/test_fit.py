@@ -127,8 +127,7 @@ def test_cells_of_two_backbones_do_not_stand_side_by_side(cells: Path, tmp_path:
 def change(folder: Path, statement: str, cell: str = "fedavg-s7-r0.1") -> None:
     with closing(sqlite3.connect(folder / "cells" / cell / "federation.sqlite")) as ledger:
         ledger.execute("PRAGMA foreign_keys = OFF")
-        ledger.execute(statement)
-        ledger.commit()
+        ledger.executescript(statement)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +137,8 @@ def change(folder: Path, statement: str, cell: str = "fedavg-s7-r0.1") -> None:
         "DELETE FROM choices WHERE client = 'bob'",
         "UPDATE choices SET candidate = 'nobody'",
         "UPDATE choices SET round = 77",
-        "UPDATE scores SET nll = 'x'",
         "UPDATE scores SET nll = 9e999",
         "UPDATE scores SET rows = -1",
-        "UPDATE scores SET rows = x'00'",
         "UPDATE run SET value = '' WHERE key = 'own_candidate'",
         "DELETE FROM run WHERE key = 'own_candidate'",
     ],
@@ -154,6 +151,15 @@ def test_a_finished_run_without_its_scores_is_refused(
     plan = plan_in(tmp_path / "b", output=tmp_path / "copy", **ONE)
     told = "its ledger does not hold the scores of a finished run"
     assert misfits(plan) == [f"fedavg-s7-r0.1: {told}"]
+
+
+def test_a_table_that_takes_anything_is_refused(cells: Path, tmp_path: Path) -> None:
+    shutil.copytree(cells, tmp_path / "copy")
+    loose = "CREATE TABLE loose AS SELECT * FROM scores; DROP TABLE scores; "
+    change(tmp_path / "copy", loose + "ALTER TABLE loose RENAME TO scores")
+    [told] = misfits(plan_in(tmp_path / "b", output=tmp_path / "copy", **ONE))
+    assert told.startswith("fedavg-s7-r0.1: ")
+    assert told.endswith("federation.sqlite: not a ledger as pfl-lm writes it")
 
 
 def test_what_is_no_ledger_is_refused(cells: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pfl_lm.data.content import Conversation, Text
@@ -87,6 +89,8 @@ LINES = [
     ([talk(ASK, SAY | {"tool_calls": []})], {}),
     ([{"client": "a", "messages": "[]"}], {}),
     ([TEXT, TEXT | {"client": None}], {}),
+    ([TEXT | {"client": "x" * 10_001}], {}),
+    ([talk(*[ASK, SAY] * 501)], {}),
     ([TEXT | {"client": 1}, TEXT | {"client": "1"}], {}),
     ([side("dev")], SPLIT),
     ([side("train"), side("test")], {}),
@@ -122,11 +126,21 @@ def test_every_message_is_given(tmp_path):
     for content in CSVS:
         (tmp_path / "rows.csv").write_text(content)
         given.append(refused(Options(str(tmp_path / "rows.csv"))))
+    given.append(refused(Options(str(bomb(tmp_path)))))
     given += [refused(Options(str(folder))) for folder in folders(tmp_path)]
     assert len(MESSAGES) > 30
     # With "a.jsonl" and "a.json" of one kind there, the kinds are named by the first of each.
     told = "\n".join(given).replace("('a.json')", "('a.jsonl')")
     assert [message for message in MESSAGES if message not in told] == []
+
+
+def bomb(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"client": ["a"], "text": ["x" * 2**28]})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "rows.parquet", compression="zstd", use_dictionary=False
+    )
+    return path
 
 
 def template_refusal():

@@ -127,6 +127,10 @@ MESSAGES = {
         [],
         ["'messages' is empty. A conversation is a question and an answer at least"],
     ),
+    "more than can be rendered": (
+        [ASK, SAY] * 501,
+        ["'messages' holds 1002 messages. At most 1000 are read"],
+    ),
     "no object": ([ASK, "Hello"], ["message 2 must be an object, got the string 'Hello'"]),
     "nothing in it": ([ASK, {}], ["message 2 lacks 'role'", "message 2 lacks 'content'"]),
     "from and value": (

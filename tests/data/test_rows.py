@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from pfl_lm.data.sources import read_records
 from tests.data.files import FORMAT, GOOD, problems, refusal, write
 
 LINES = {
@@ -80,6 +81,14 @@ LINES = {
         GOOD | {"client": "a\0b"},
         "line 2: 'client' holds a control character ('a\\x00b')",
     ),
+    "client too long": (
+        GOOD | {"client": "x" * 10_001},
+        f"line 2: 'client' is longer than 10000 characters ('{'x' * 56}...)",
+    ),
+    "a long key twice": (
+        f'{{"client": "a", "{"k" * 100}": 1, "{"k" * 100}": 2}}',
+        f"line 2: not usable JSON (the key '{'k' * 56}... is there twice)",
+    ),
     "client with a newline": (
         GOOD | {"client": "a\n"},
         "line 2: 'client' holds a control character ('a\\n')",
@@ -156,4 +165,20 @@ def test_a_row_without_the_split_column(tmp_path):
     assert problems(options) == [
         "line 2: lacks the column 'split' that data.split_column names. "
         "Columns there: 'client', 'prompt', 'completion'"
+    ]
+
+
+def test_ids_of_ten_thousand_characters_are_fine_and_cut_in_messages(tmp_path):
+    client = "x" * 10_000
+    assert read_records(write(tmp_path, GOOD | {"client": client}))[0].client == client
+    options = write(tmp_path, GOOD | {"client": client, "split": "test"})
+    options.split_column = "split"
+    assert problems(options) == [f"client '{'x' * 56}...: no train rows, only 1 test"]
+
+
+def test_nothing_is_guessed_of_a_name_nobody_mistyped(tmp_path):
+    options = write(tmp_path, GOOD | {"split": "t" * 10_000_000})
+    options.split_column = "split"
+    assert problems(options) == [
+        f"line 1: 'split' is '{'t' * 56}..., not one of 'train', 'validation', 'test'"
     ]

@@ -66,6 +66,26 @@ def test_a_line_longer_than_the_limit_is_skipped_and_named(tmp_path, monkeypatch
     ]
 
 
+def test_the_end_of_a_line_is_not_looked_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonlines, "MAX_LINE_BYTES", 2**10)
+    options = write(tmp_path, "[]", " " * 2**16, "[]", " " * 2**17, "[]")
+
+    assert problems(options) == [
+        "line 1: expected an object {...}, got an array",
+        "line 2: longer than 0 MiB",
+        "line 3: expected an object {...}, got an array",
+        "line 4: longer than 0 MiB",
+    ]
+
+
+def test_a_file_with_holes_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonlines, "MAX_LINE_BYTES", 2**20)
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**36)
+    assert problems(Options(str(path))) == ["line 1: longer than 1 MiB"]
+
+
 def test_the_limit_of_a_line_is_16_mib():
     assert jsonlines.MAX_LINE_BYTES == 16 * 1024 * 1024
 

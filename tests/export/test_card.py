@@ -188,6 +188,13 @@ def test_the_recipe_in_a_card_hides_paths_anywhere(path: str) -> None:
     assert yaml.safe_load(shown_recipe(recipe, set()))["backbone"]["model_name_or_path"] == HIDDEN
 
 
+def test_the_recipe_in_a_card_hides_where_the_trace_is() -> None:
+    federation = {"rounds": 3, "availability": "/home/someone/trace.csv", "clients_per_round": 2}
+    shown = yaml.safe_load(shown_recipe(run_facts(federation=federation).recipe, set()))
+    assert shown["federation"]["availability"] == HIDDEN
+    assert shown["federation"]["clients_per_round"] == 2
+
+
 def test_the_recipe_in_a_card_hides_ids_in_lists_and_keys() -> None:
     recipe = run_facts(adapter={"target_modules": ["q_proj", "alice"]}).recipe
     # A section of a later version that maps or lists clients.

@@ -152,5 +152,5 @@ def test_a_flood_of_problems_is_cut(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         trace_of(tmp_path, text)
     lines = caught.value.message.splitlines()
-    assert lines[0].endswith("20 problems")
+    assert lines[0].endswith(": 5000 problems")
     assert (len(lines), lines[-1]) == (22, "  ... and 4980 more")

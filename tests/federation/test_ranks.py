@@ -18,6 +18,7 @@ from pfl_lm.federation.fleet.start import connected, join_ranks, lone_launch, ra
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import RuntimeOptions, load_recipe
 from tests.federation import rank_runs
+from tests.federation.rank_runs import same_secret
 from tests.same import facts_in
 from tests.tiny import tiny_recipe
 
@@ -27,7 +28,15 @@ PATIENCE = 120
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 RUNS = ("-m", "tests.federation.rank_runs")
-BOTH: dict[str, dict[str, Any]] = {"fixed": {}, "auto": {"training.learning_rate": "auto"}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "auto": {"training.learning_rate": "auto"},
+    "private": {
+        "privacy.record_level": {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3},
+        "privacy.client_level": {"noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-3},
+        "method.weighting": "uniform",
+    },
+}
 TWO_RANKS = (
     "start it with  torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
     "(on CPUs with ACCELERATE_USE_CPU=true before it)"
@@ -93,15 +102,16 @@ def results_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def ranks(place: Path) -> list[Ended]:
-    """Run two recipes on two ranks and then one that fails, and meanwhile the two here."""
-    well = [str(recipe(place, f"two-{name}", **how)) for name, how in BOTH.items()]
+    """Run the recipes on two ranks and then one that fails, and meanwhile the same here."""
+    well = [str(recipe(place, f"two-{name}", **how)) for name, how in RECIPES.items()]
     failing = str(recipe(place, "failing"))
     faulty = str(recipe(place, "two-faulty"))
     spoiled = ("--faulty", "bob", faulty, "--failing", "bob", failing)
     started = by_hand(*RUNS, *well, *spoiled)
-    for name, how in BOTH.items():
-        finetune(load_recipe(recipe(place, f"one-{name}", **how)))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pfl_lm.federation.noise.secrets.randbits", same_secret)
+        for name, how in RECIPES.items():
+            finetune(load_recipe(recipe(place, f"one-{name}", **how)))
         patch.setattr(ClientSide, "_train", ClientSide._train)  # to be put back
         patch.setenv("RANK", "1")  # whose turn bob's is there
         rank_runs.spoil("--faulty", "bob")
@@ -109,7 +119,7 @@ def ranks(place: Path) -> list[Ended]:
     return [end_of(process) for process in started]
 
 
-@pytest.mark.parametrize("name", ["fixed", "auto", "faulty"])
+@pytest.mark.parametrize("name", [*RECIPES, "faulty"])
 def test_two_ranks_leave_the_same_bytes_as_one_process(
     ranks: list[Ended], place: Path, name: str
 ) -> None:
@@ -117,7 +127,7 @@ def test_two_ranks_leave_the_same_bytes_as_one_process(
     assert {"adapters.json", "metrics.csv", "adapters/bob/adapter_model.safetensors"} <= set(alone)
     assert shared == alone
     (_, out, _), (_, other_out, _) = ranks
-    assert out.count("round 2/2") == 3  # once for each recipe: one rank speaks
+    assert out.count("round 2/2") == len(RECIPES) + 1  # once for each recipe: one rank speaks
     assert other_out == ""
 
 

@@ -48,6 +48,10 @@ def uploads_of(n: int, name: str = "weights") -> list[Upload]:
     ]
 
 
+def setup_of(how: AggregationOptions) -> Setup:
+    return Setup(AdapterLayout.of([]), 1, 0, options(), how)
+
+
 OTHER = torch.full((D,), torch.nan)
 """A vector of an upload that nobody asks for."""
 
@@ -90,7 +94,7 @@ def test_each_rule_is_the_one_it_is_called() -> None:
         trimmed_mean(weighted, 2),  # floor(0.25 · 9)
     ]
     for how, vector in zip(RULES, wanted, strict=True):
-        found = combine(AggregationOptions(**how), START, uploads, "weights")
+        found = combine(setup_of(AggregationOptions(**how)), 1, START, uploads, "weights")
         assert torch.equal(found, vector)
     assert len({tuple(vector.tolist()) for vector in wanted}) == len(RULES)
 
@@ -101,7 +105,9 @@ def test_the_mean_is_the_plain_formula_to_the_bit() -> None:
     for upload in uploads:
         total += upload.weight * upload.vectors["weights"].double()
     wanted = (total / sum(upload.weight for upload in uploads)).float()
-    assert torch.equal(combine(AggregationOptions(), START, uploads, "weights"), wanted)
+    assert torch.equal(
+        combine(setup_of(AggregationOptions()), 1, START, uploads, "weights"), wanted
+    )
     assert torch.equal(mean_upload(uploads, "weights"), wanted)
 
 
@@ -144,7 +150,7 @@ def test_methods_hand_on_the_rule_of_the_recipe(method: str, how: dict[str, Any]
 
     after = rules.aggregate(server, uploads, 1)
 
-    wanted = combine(chosen, START, uploads, "weights")
+    wanted = combine(setup, 1, START, uploads, "weights")
     assert torch.equal(after.vectors["global_weights"], wanted)
     assert torch.equal(server.vectors["global_weights"], before)
     assert torch.equal(uploads[4].vectors["weights"], uploads_of(5)[4].vectors["weights"])
@@ -160,7 +166,7 @@ def test_an_upload_that_is_not_finite_is_refused(how: dict[str, Any]) -> None:
     uploads = uploads_of(3)
     uploads[1].vectors["weights"][7] = torch.inf
     with pytest.raises(AggregationError) as caught:
-        combine(AggregationOptions(**how), START, uploads, "weights")
+        combine(setup_of(AggregationOptions(**how)), 1, START, uploads, "weights")
     assert caught.value.message == (
         "uploads, here in the order of client ids, must be finite: "
         "1 of 120 numbers of upload 2 are not, the first is inf at 7"

@@ -121,6 +121,8 @@ def test_clipping_leaves_a_minority_its_direction_and_takes_its_length() -> None
     assert found[1] == pytest.approx(kept)
     assert WHERE_ROBUST < found[1] == pytest.approx(0.2114, abs=1e-4)
     assert found[1] < WHERE_MEAN / 3
+    # In the end the seven stand within C and pull with 7 x, the two with C each: x = 2/7.
+    assert shared(CLIPPED, rounds=50) == pytest.approx([1.0, 2 / 7])
 
 
 @pytest.mark.parametrize(

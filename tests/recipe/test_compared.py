@@ -120,6 +120,16 @@ def test_local_is_added_once_and_needs_no_rule_to_average_by() -> None:
     assert (mine.label, mine.added) == ("mine", False)
 
 
+def test_local_goes_without_the_servers_noise_and_keeps_its_own() -> None:
+    lever = "{noise_multiplier: 1.0, %s: 1.0, delta: 1.0e-5}"
+    levers = f"client_level: {lever % 'clip_norm'}, record_level: {lever % 'max_grad_norm'}"
+    uniform = BASE.replace("match}", "match, weighting: uniform}") + f"privacy: {{{levers}}}\n"
+    found = contenders(draft("{methods: [recipe, 'fedavg:weighting=uniform']}", uniform))
+    privacies = [contender.loaded.recipe.privacy for contender in found]
+    assert [p.client_level is None for p in privacies] == [False, False, True]
+    assert [p.record_level is None for p in privacies] == [False, False, False]
+
+
 def test_a_recipe_without_the_section_compares_nothing() -> None:
     assert contenders(draft_of(BASE.encode(), Path("r.yaml"))) == ()
     assert contenders(draft("{seeds: [1, 2]}")) == ()

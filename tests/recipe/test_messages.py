@@ -297,6 +297,21 @@ RULES = [
         ["method.preset=sgd", "method.offset_reference=post"],
         "post starts each client where it ended, which `personalized_start: false` forbids",
     ),
+    (
+        ["method.stale_offset=decay", "method.offset_reference=post"],
+        "decay shrinks a kept offset, and with `offset_reference: post` none is kept: a client "
+        "starts where it ended, however long ago",
+    ),
+    (
+        ["method.stale_offset=decay", "method.preset=no_correction"],
+        "decay goes by the share Γ that corrections take off the offset, and `correction: none` "
+        "takes none: nothing would ever decay",
+    ),
+    (["method.stale_offset=decay", "method.preset=sgd"], "nothing would ever decay"),
+    (
+        ["method.name=fedavg", "method.stale_offset=decay"],
+        "`stale_offset` is an option of pflalign, not of fedavg",
+    ),
     (["method.preset=papper"], "hard_correction, no_realignment, sgd, got 'papper'"),
     (
         ["runtime.parallel=both"],

@@ -176,6 +176,20 @@ def test_a_trace_is_checked_by_itself_where_the_data_cannot_be(tmp_path: Path) -
     assert "the data have no client" not in told
 
 
+def test_more_threads_than_a_machine_bears(
+    tmp_path: Path, clients_jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    out = (f"runtime.output_dir={tmp_path}", "data.split_column=split")
+    preflight(load(tmp_path, *out, "runtime.threads=32"))
+    with pytest.raises(PflError) as caught:
+        preflight(load(tmp_path, *out, "runtime.threads=33"))
+    assert str(caught.value) == (
+        "runtime.threads: 33, and this machine has 2 cores; the most is 32\n"
+        "  hint: runtime.threads=2 is one a core"
+    )
+
+
 def test_a_broken_section_is_not_looked_up(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_recipe(write(tmp_path), ["data.pth=x", f"runtime.output_dir={tmp_path}"])
