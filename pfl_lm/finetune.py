@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
+from pfl_lm.evaluate import RowScores
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import Cohorts
@@ -27,6 +28,7 @@ from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
 from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.messages import Split
 from pfl_lm.federation.noise import noise_seed
 from pfl_lm.federation.opening import begun, gone_on_with
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
@@ -59,18 +61,35 @@ class RunResult:
     clients: tuple[ClientResult, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What runs of one backbone and the same clients need not each do again.
+
+    Attributes:
+        backbone: frozen, with no adapter in it.
+        dataset: every client's examples in its tokens.
+        base: how the untouched backbone did; filled as runs score it.
+    """
+
+    backbone: Backbone
+    dataset: FederatedDataset
+    base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
+
+
 def finetune(
     loaded: LoadedRecipe,
     watch: Watch | None = None,
     clients: Mapping[str, ClientRows] | None = None,
     *,
     resume: bool = False,
+    common: Common | None = None,
 ) -> RunResult:
     """Run a recipe from its data to one exported adapter per client.
 
     Nothing is written before everything that can be checked beforehand has been. ``clients`` are
     the rows of a recipe that was checked already; without them it is checked here. With ``resume``
-    the run in the recipe's folder is gone on with, wherever it was left.
+    the run in the recipe's folder is gone on with, wherever it was left. ``common`` is what another
+    run has loaded for the same backbone and the same ``clients``.
 
     Raises:
         PflError: the recipe, its data, its backbone or the run folder cannot be used.
@@ -85,29 +104,44 @@ def finetune(
     if advice := lone_launch():
         watch.note(advice)
 
-    watch.note(f"loading the backbone onto {accelerator.device}")
-
-    def prepare() -> tuple[Backbone, Adapter, FederatedDataset]:
-        backbone = load_backbone(recipe.backbone, accelerator.device, watch.note)
-        adapter = Adapter(backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter"))
-        tokenizer, length = backbone.tokenizer, recipe.data.max_length
-        return backbone, adapter, FederatedDataset.build(clients, tokenizer, length)
+    def prepare() -> tuple[Common, Adapter]:
+        ready = common or load_common(recipe, clients, accelerator.device, watch)
+        return ready, Adapter(
+            ready.backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter")
+        )
 
     # one rank converts what has to be converted
-    backbone, adapter, dataset = rank_0_first(accelerator, prepare)
+    ready, adapter = rank_0_first(accelerator, prepare)
+    backbone, dataset = ready.backbone, ready.dataset
+    names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
+    store = Store(loaded.run_folder, names, accelerator.device)
+    fixed = _Fixed(
+        accelerator, backbone, adapter, adapter.read(), dataset, store, watch, ready.base
+    )
+    with closing(adapter):
+        if main:
+            with leading(accelerator):
+                return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
+        serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
+        return RunResult(loaded.run_folder, ())
+
+
+def load_common(
+    recipe: Recipe, clients: Mapping[str, ClientRows], device: torch.device, watch: Watch
+) -> Common:
+    """Load what does not depend on a run's method, seed or rate.
+
+    Raises:
+        PflError: the backbone cannot be loaded, or a client's rows cannot be learned from.
+    """
+    watch.note(f"loading the backbone onto {device}")
+    backbone = load_backbone(recipe.backbone, device, watch.note)
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
     _note_cut_rows(dataset, recipe, watch)
     for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
         watch.note(told)
     _note_idle_rule(dataset, recipe, watch)
-
-    names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
-    store = Store(loaded.run_folder, names, accelerator.device)
-    fixed = _Fixed(accelerator, backbone, adapter, adapter.read(), dataset, store, watch)
-    if main:
-        with leading(accelerator):
-            return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
-    serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
-    return RunResult(loaded.run_folder, ())
+    return Common(backbone, dataset)
 
 
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume: bool) -> RunResult:
@@ -145,6 +179,7 @@ class _Fixed:
     dataset: FederatedDataset
     store: Store
     watch: Watch
+    base: dict[tuple[str, Split], RowScores]
 
 
 def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
@@ -179,6 +214,7 @@ def _rounds(
     steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
     cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
+    _note_own_candidate(side, server, ledger)
     fixed.watch.begin(workload(cohorts, side, steps, server, ledger))
     orchestrator = Orchestrator(
         recipe=recipe,
@@ -214,8 +250,17 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         pad_token_id=fixed.backbone.pad_token_id,
         store=fixed.store,
         watch=fixed.watch,
+        base=fixed.base,
         record_level=recipe.privacy.record_level,
     )
+
+
+def _note_own_candidate(side: ClientSide, server: ServerState, ledger: Ledger) -> None:
+    """Commit what the method's own candidate is called: the one that stands unless beaten."""
+    client = side.dataset.client_ids[0]
+    own = next(iter(side.candidates(client, side.method.broadcast(server, client), None)))
+    if ledger.about().get("own_candidate") != own:
+        ledger.note("own_candidate", own)
 
 
 def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
-from pfl_lm.errors import PflError, RecipeError, RunFolderError
+from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LEDGER, LOCK, NOT_BEGUN
@@ -25,7 +25,8 @@ from pfl_lm.recipe.checks import (
     refuse_no_opacus,
     refuse_no_tracker,
 )
-from pfl_lm.recipe.draft import read_draft
+from pfl_lm.recipe.contenders import contenders
+from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, DataOptions, FederationOptions
 from pfl_lm.resume import has_begun, run_clients
@@ -63,7 +64,7 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
         )
     )
     if faults or clients is None:
-        raise _one(faults)
+        raise as_one(faults)
     return clients
 
 
@@ -74,13 +75,13 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
         PflError: the data, the backbone or the run cannot be used; all that is wrong.
     """
     recipe, faults = loaded.recipe, list[PflError]()
-    clients = _try(run_clients, loaded, faults)
-    _try(_find_backbone, recipe.backbone, faults)
-    _try(refuse_no_tracker, recipe.runtime, faults)
-    _try(refuse_many_threads, recipe.runtime, faults)
-    _try(refuse_no_opacus, recipe.privacy, faults)
+    clients = try_to(run_clients, loaded, faults)
+    try_to(_find_backbone, recipe.backbone, faults)
+    try_to(refuse_no_tracker, recipe.runtime, faults)
+    try_to(refuse_many_threads, recipe.runtime, faults)
+    try_to(refuse_no_opacus, recipe.privacy, faults)
     if faults or clients is None:
-        raise _one(faults)
+        raise as_one(faults)
     return clients
 
 
@@ -126,31 +127,44 @@ def check_recipe(path: Path, overrides: Sequence[str] = (), *, to_run: bool = Tr
     Raises:
         PflError: anything is wrong; all of it, the recipe's own problems first.
     """
-    draft = read_draft(path, overrides)
-    try:
-        loaded = check_draft(draft)
-    except RecipeError as error:
+    return check_read(read_draft(path, overrides), to_run=to_run)
+
+
+def check_read(draft: Draft, *, to_run: bool = True) -> Checked:
+    """Check a recipe that was read, as `check_recipe` does.
+
+    Raises:
+        PflError: anything is wrong; all of it, the recipe's own problems first.
+    """
+    wrong: list[PflError] = []
+    loaded = try_to(check_draft, draft, wrong)
+    try_to(contenders, draft, wrong)
+    if wrong or loaded is None:
         parts = valid_parts(draft)
         _, faults = _check(parts if to_run else replace(parts, run_folder=None))
-        raise _one([error, *faults]) from None
+        raise as_one([*wrong, *faults])
     return Checked(loaded, preflight(loaded, to_run=to_run))
 
 
 def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
     faults: list[PflError] = []
-    clients = _try(_read_clients, parts.data, faults)
+    clients = try_to(_read_clients, parts.data, faults)
     _check_cohorts(parts.federation, clients, faults)
-    _try(_find_backbone, parts.backbone, faults)
-    _try(refuse_occupied, parts.run_folder, faults)
-    _try(refuse_no_tracker, parts.runtime, faults)
-    _try(refuse_many_threads, parts.runtime, faults)
-    _try(refuse_no_opacus, parts.privacy, faults)
+    try_to(_find_backbone, parts.backbone, faults)
+    try_to(refuse_occupied, parts.run_folder, faults)
+    try_to(refuse_no_tracker, parts.runtime, faults)
+    try_to(refuse_many_threads, parts.runtime, faults)
+    try_to(refuse_no_opacus, parts.privacy, faults)
     return clients, faults
 
 
-def _try(
+def try_to(
     check: Callable[[Part], Result], part: Part | None, faults: list[PflError]
 ) -> Result | None:
+    """Return what a check gives, or None; what it says is wrong goes to ``faults``.
+
+    There is nothing to check of what is None.
+    """
     try:
         return None if part is None else check(part)
     except PflError as error:
@@ -180,8 +194,8 @@ def _check_cohorts(
         if clients is not None:
             refuse_small_rounds(options, len(clients), trace)
 
-    trace = _try(read, options, faults)
-    _try(refuse, options, faults)
+    trace = try_to(read, options, faults)
+    try_to(refuse, options, faults)
 
 
 def _find_backbone(backbone: BackboneOptions) -> None:
@@ -193,7 +207,7 @@ def _find_backbone(backbone: BackboneOptions) -> None:
             refuse_no_model(folder)
 
 
-def _one(faults: Sequence[PflError]) -> PflError:
+def as_one(faults: Sequence[PflError]) -> PflError:
     """Return the one error, or one that says them all."""
     if len(faults) == 1:
         return faults[0]

@@ -7,7 +7,7 @@ rows. A run goes on with just these, or not at all.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -124,17 +124,21 @@ def refuse_differences(stored: Recipe, given: LoadedRecipe) -> None:
     Raises:
         RecipeError: it is not; every key that differs is named with both values.
     """
-    one, other = _flat(stored.model_dump(mode="python")), _flat(given.recipe.model_dump())
-    problems = [
-        f"{key}: {_said(other.get(key))}, and the run began with {_said(one.get(key))}"
-        for key in sorted({*one, *other} - HARMLESS)
-        if one.get(key) != other.get(key)
-    ]
-    if problems:
+    if problems := differences(stored, given.recipe, HARMLESS):
         raise RecipeError(
             listed(f"{given.path}: not the recipe this run began with", problems),
             hint="put these keys back to resume, or give the recipe another `name` to start anew",
         )
+
+
+def differences(stored: Recipe, given: Recipe, harmless: Set[str]) -> list[str]:
+    """Return a line for each key in which two recipes differ, but for those that may."""
+    one, other = _flat(stored.run_options()), _flat(given.run_options())
+    return [
+        f"{key}: {_said(other.get(key))}, and the run began with {_said(one.get(key))}"
+        for key in sorted({*one, *other} - harmless)
+        if one.get(key) != other.get(key)
+    ]
 
 
 def run_clients(loaded: LoadedRecipe) -> dict[str, ClientRows]:

@@ -34,6 +34,7 @@ ORDER = (
     ("preflight",),
     ("finetune",),
     ("membership",),
+    ("compare",),
     ("cli",),
 )
 """From the top: a room imports from itself and from rooms above it."""
@@ -48,6 +49,7 @@ TORCH_FREE = (
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
     *("pfl_lm.federation.availability", "pfl_lm.federation.cohort"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
+    *("pfl_lm.compare.plan", "pfl_lm.compare.cells", "pfl_lm.compare.fit"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")
 MOST_LINES = 450

@@ -124,6 +124,41 @@ def remove(
 
 
 @app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", metavar="A,B", help="Methods, such as fedavg,fedavg:sgd@0.5/1."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="Seeds.")] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option("--rates", metavar="X,Y", help="Learning rates to choose from."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The comparison's folder."),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; report what is there.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run several methods on the same clients, and say which is better, for whom, and how surely.
+
+    A method is [LABEL=]METHOD[:PRESET][:OPTIMIZER][:OPTION=VALUE][@RATE/RATE]. What is not given
+    here is as in the recipe's section `compare`. What was run before is kept.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.compare import compare as verb
+        from pfl_lm.compare.plan import Asked
+
+        asked = Asked(methods or [], seeds, rates, output)
+        verb(recipe, overrides or [], asked, report_only=report_only)
+
+
+@app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and the files it names; write nothing.
 

@@ -20,7 +20,7 @@ def shown_recipe(recipe: Recipe, clients: Set[str]) -> str:
     Of ``data`` and ``runtime`` only numbers and fixed choices are shown, so that an option added
     later is hidden until somebody decides otherwise.
     """
-    sections = recipe.model_dump(mode="python")
+    sections = recipe.run_options()
     for name in _PRIVATE_SECTIONS:
         sections[name] = _without_text(getattr(recipe, name))
     shown = {key: _without_names(value, clients) for key, value in sections.items()}

@@ -23,7 +23,7 @@ from pfl_lm.federation.faults import (
     refuse_other_kind,
 )
 from pfl_lm.federation.history import StateFile
-from pfl_lm.federation.messages import Assignment, Score, Update
+from pfl_lm.federation.messages import Assignment, Score, Split, Update
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import Vector
@@ -36,7 +36,11 @@ from pfl_lm.train import LocalTrainer
 
 @dataclass
 class ClientSide:
-    """Everything a task needs, for clients that share one resident backbone."""
+    """Everything a task needs, for clients that share one resident backbone.
+
+    ``base`` is how the untouched backbone did on each client's rows, by client and split. It is the
+    same in every run of one backbone, so several may share it.
+    """
 
     method: Method
     adapter: Adapter
@@ -47,7 +51,7 @@ class ClientSide:
     store: Store
     watch: Watch
     record_level: RecordLevelOptions | None = None
-    _base: dict[str, RowScores] = field(default_factory=dict)
+    base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
         """Do one task and return what may leave the client."""
@@ -130,9 +134,7 @@ class ClientSide:
         name, vector = next(iter(self.candidates(task.client, task.sent, task.state).items()))
         if task.round == 0:  # before any training every candidate is the untouched backbone
             name = BASE
-        scored = self._rows(task, name, vector, rows)
-        if name == BASE:
-            self._base[task.client] = scored
+        scored = self._rows(task, "validation", name, vector, rows)
         return Update(
             run=task.run,
             round=task.round,
@@ -145,18 +147,15 @@ class ClientSide:
         began = time.perf_counter()
         candidates = self.candidates(task.client, task.sent, task.state)
         rows = self.dataset.validation(task.client)
-        validation = {
-            name: self._base.get(task.client) if name == BASE else None for name in candidates
-        }
         scored = {
-            name: known or self._rows(task, name, candidates[name], rows)
-            for name, known in validation.items()
+            name: self._rows(task, "validation", name, vector, rows)
+            for name, vector in candidates.items()
         }
         choice = choose(scored, default=next(iter(candidates)))
         scores = [_score("validation", name, found) for name, found in scored.items()]
         if test := self.dataset.test(task.client):
             for name, vector in candidates.items():
-                scores.append(_score("test", name, self._rows(task, name, vector, test)))
+                scores.append(_score("test", name, self._rows(task, "test", name, vector, test)))
         return Update(
             run=task.run,
             round=task.round,
@@ -167,8 +166,16 @@ class ClientSide:
         )
 
     def _rows(
-        self, task: Assignment, name: str, vector: Vector, examples: tuple[Example, ...]
+        self,
+        task: Assignment,
+        split: Split,
+        name: str,
+        vector: Vector,
+        examples: tuple[Example, ...],
     ) -> RowScores:
+        """Score a candidate; the untouched backbone once for each client and split."""
+        if name == BASE and (task.client, split) in self.base:
+            return self.base[task.client, split]
         scored = score(
             self.adapter,
             vector,
@@ -183,9 +190,10 @@ class ClientSide:
                 f"after round {task.round}: training has diverged",
                 hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
             )
+        if name == BASE:
+            self.base[task.client, split] = scored
         return scored
 
 
-def _score(split: str, candidate: str, rows: RowScores) -> Score:
-    assert split in ("validation", "test")
-    return Score(split, candidate, rows.mean, len(rows.nll), sum(rows.tokens))  # type: ignore[arg-type]
+def _score(split: Split, candidate: str, rows: RowScores) -> Score:
+    return Score(split, candidate, rows.mean, len(rows.nll), sum(rows.tokens))

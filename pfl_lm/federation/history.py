@@ -63,6 +63,23 @@ class Turn:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the committed turns of a run have taken, over all rounds and clients.
+
+    Attributes:
+        steps: optimizer steps, as they were done.
+        seconds: time of the turns on the clients' machines; scoring not counted.
+        faults: tries that have failed, whether a second one came through or not.
+    """
+
+    steps: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    faults: int
+
+
 class History:
     """Questions to a ledger. Every answer is of what has been committed.
 
@@ -188,6 +205,40 @@ class History:
         return self._ask(
             "SELECT round, client, split, candidate, nll FROM scores ORDER BY 1, 2, 3, 4"
         )
+
+    def final_scores(self) -> list[tuple[str, str, str, float, int, int]]:
+        """Return the scores of each client's choice: (client, split, candidate, nll, rows, tokens).
+
+        That is every candidate on every split, of the round after which the client's model was
+        chosen, in the order of client, split and candidate.
+        """
+        return self._ask(
+            "SELECT client, split, scores.candidate, nll, rows, tokens FROM scores "
+            "JOIN choices USING (client, round) ORDER BY 1, 2, 3"
+        )
+
+    def validation_means(self, own: str) -> list[tuple[int, float]]:
+        """Return (round, mean over clients of the validation loss) of the rounds so far.
+
+        In a round that scored several candidates it is that of ``own``, if that is one of them.
+        """
+        rows = self._ask(
+            "SELECT round, avg(nll) FROM (SELECT round, nll, candidate = ? AS own, "
+            "count(*) OVER (PARTITION BY round, client) AS several "
+            "FROM scores WHERE split = 'validation') WHERE own OR several = 1 "
+            "GROUP BY round ORDER BY round",
+            own,
+        )
+        return [(round, mean) for round, mean in rows]
+
+    def costs(self) -> Costs:
+        """Return what all turns have taken together."""
+        [row] = self._ask(
+            "SELECT coalesce(sum(steps), 0), coalesce(sum(bytes_down), 0), "
+            "coalesce(sum(bytes_up), 0), coalesce(sum(seconds), 0.0), "
+            "(SELECT count(*) FROM faults) FROM turns"
+        )
+        return Costs(*row)
 
     def choices(self) -> dict[str, Choice]:
         """Return every client's choice, in id order."""

@@ -18,6 +18,7 @@ Kind = Literal["train", "evaluate", "finish"]
 """
 
 
+Split = Literal["validation", "test"]
 FaultKind = Literal["raised", "memory", "not_finite", "out_of_proportion"]
 
 
@@ -61,7 +62,7 @@ class Assignment:
 class Score:
     """One candidate's score on one split of one client: nats a supervised token."""
 
-    split: Literal["validation", "test"]
+    split: Split
     candidate: str
     nll: float
     rows: int

@@ -65,6 +65,10 @@ class Adapter:
             parameter.data = view
         self.zero_grad()
 
+    def close(self) -> None:
+        """Take the adapter out: the backbone is as it was, ready for another one."""
+        self._peft.unload()
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield PEFT's parameters in the order of the layout."""
         yield from self._parameters.values()

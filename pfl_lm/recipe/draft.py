@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfl_lm.errors import RecipeError
@@ -61,6 +61,16 @@ def draft_of(raw: bytes, path: Path, overrides: Sequence[str] = ()) -> Draft:
     parsed = parse_overrides(overrides, where)
     data = apply_overrides(document.data, parsed, where)
     return Draft(path, raw.decode("utf-8-sig"), data, document.lines, parsed)
+
+
+def set_in(draft: Draft, overrides: Sequence[Override]) -> Draft:
+    """Return a draft with more overrides, which win over those it has.
+
+    Raises:
+        RecipeError: one goes beneath something that is not a mapping.
+    """
+    data = apply_overrides(draft.data, overrides, str(draft.path))
+    return replace(draft, data=data, overrides=(*overrides, *draft.overrides))
 
 
 def _read(path: Path) -> bytes:

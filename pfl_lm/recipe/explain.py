@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
 from pydantic import ValidationError
@@ -10,9 +11,10 @@ from pydantic_core import ErrorDetails
 
 from pfl_lm.recipe.draft import Draft
 from pfl_lm.recipe.methods import METHOD_OPTIONS
-from pfl_lm.recipe.options import BROKEN_RULE
+from pfl_lm.recipe.nearest import nearest
+from pfl_lm.recipe.options import BROKEN_RULE, Options
 from pfl_lm.recipe.scalars import brief, show
-from pfl_lm.recipe.suggest import nearest, owners, section_class, suggest_key
+from pfl_lm.recipe.suggest import owners, section_class, suggest_key
 from pfl_lm.recipe.yaml12 import Location
 
 _EXPECTED = {
@@ -40,7 +42,7 @@ class _Place(NamedTuple):
 
     @property
     def section(self) -> str:
-        return ".".join(str(part) for part in self.at[:-1])
+        return _section(self.at)
 
     @property
     def key(self) -> str:
@@ -48,11 +50,14 @@ class _Place(NamedTuple):
 
     @property
     def field(self) -> FieldInfo | None:
-        keys = [part for part in self.at if isinstance(part, str)]
-        while len(keys) > 2 and section_class(".".join(keys[:-1]), self.method) is None:
-            keys.pop()  # within a value that is no section
-        options = section_class(".".join(keys[:-1]), self.method)
-        return options.model_fields.get(keys[-1]) if options and keys else None
+        at = self.at
+        while at and (isinstance(at[-1], int) or (len(at) > 2 and self._options(at) is None)):
+            at = at[:-1]  # an item of a list, or within a value that is no section
+        options = self._options(at) if at else None
+        return options.model_fields.get(str(at[-1])) if options else None
+
+    def _options(self, at: Location) -> type[Options] | None:
+        return section_class(_section(at), self.method)
 
 
 def explain(error: ValidationError, draft: Draft) -> list[str]:
@@ -84,6 +89,11 @@ def _placed(place: _Place, said: str, draft: Draft) -> tuple[str, tuple[int, int
     if line := draft.line_of(place.at):
         return f"line {line}  {name}: {said}", (0, line)
     return f"{name}: {said}", (1, 0)
+
+
+def _section(at: Location) -> str:
+    """Return the section of a key, as `section_class` takes it."""
+    return re.sub(r"\[\d+\]", "[]", _dotted(at[:-1]))
 
 
 def _dotted(at: Location) -> str:
@@ -178,12 +188,13 @@ def _not_a_section(place: _Place, value: object) -> str:
 
 
 def _noun(place: _Place) -> str:
-    whole = isinstance(place.at[-1], int) or (place.field and int in _types(place.field))
+    whole = place.field is not None and int in _types(place.field.annotation)
     return "a whole number" if whole else "a number"
 
 
-def _types(field: FieldInfo) -> tuple[Any, ...]:
-    return (field.annotation, *get_args(field.annotation))
+def _types(annotation: Any) -> list[Any]:
+    """Return what a type is made of, the types of a list's items among it."""
+    return [annotation, *(each for part in get_args(annotation) for each in _types(part))]
 
 
 def _limits(place: _Place, details: ErrorDetails) -> str:

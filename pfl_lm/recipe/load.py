@@ -46,8 +46,8 @@ class LoadedRecipe:
         return self.folder or Path(self.recipe.runtime.output_dir) / self.recipe.name
 
     def resolved(self) -> str:
-        """Return the whole recipe as YAML: defaults filled in, absolute paths, a recipe itself."""
-        return write_yaml(self.recipe.model_dump(mode="python"))
+        """Return what is run as YAML: defaults filled in, absolute paths, a recipe itself."""
+        return write_yaml(self.recipe.run_options())
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ def check_draft(draft: Draft) -> LoadedRecipe:
         recipe = Recipe.model_validate(draft.data)
     except ValidationError as error:
         raise RecipeError(listed(str(draft.path), explain(error, draft))) from None
+    return place(recipe, draft)
+
+
+def place(recipe: Recipe, draft: Draft) -> LoadedRecipe:
+    """Return a valid recipe with its paths made absolute, beside the draft it is of.
+
+    Raises:
+        RecipeError: a path cannot be one.
+    """
     placed = {
         "backbone": place_backbone(recipe.backbone, draft),
         "data": place_data(recipe.data, draft),

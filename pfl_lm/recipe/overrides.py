@@ -84,7 +84,8 @@ def _parse(text: str) -> Override | str:
 
 
 def _said(text: str) -> str:
-    return f"override {brief(text, _LONGEST)}"
+    option = text.startswith("--")  # which stands for an override
+    return f"{'' if option else 'override '}{brief(text, _LONGEST)}"
 
 
 def _overlap(one: Location, other: Location) -> bool:

@@ -37,6 +37,7 @@ _TYPES = {
     "integer": "whole number",
     "number": "number",
     "boolean": "`true` or `false`",
+    "object": "mapping",
 }
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -89,9 +90,8 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
     for key, field in schema["properties"].items():
         name = f"{prefix}{key}"
         section = name == "method" or section_class(name) is not None
-        value = f"[section](#{name.replace('.', '')})" if section else _value(field)
-        own = section and options is Recipe
-        default = "its own" if own else f"`{_yaml(field.get('default'))}`"
+        value = f"[section](#{re.sub(r'[^a-z_]', '', name)})" if section else _value(field)
+        default = f"`{_yaml(field['default'])}`" if "default" in field else "its own"
         if key in schema.get("required", ()):
             default = ""
         cells = (f"`{name}`", value, default, field.get("description", ""))
@@ -101,6 +101,8 @@ def _table(options: type[Options], prefix: str) -> Iterator[str]:
 
 def _value(schema: Schema) -> str:
     """Return what a value may be, for people: its type or choices, and its limits."""
+    if "$ref" in schema:
+        return "mapping"
     if "anyOf" in schema:
         parts = [_value(each) for each in schema["anyOf"] if each.get("type") != "null"]
         return " or ".join(parts)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
+from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
@@ -86,6 +87,11 @@ class Recipe(Options):
         description="Where the run is written and what it may use.",
         examples=[{"output_dir": "runs"}],
     )
+    compare: CompareOptions | None = Field(
+        default=None,
+        description="What `pfl-lm compare` compares; a run of its own passes it over.",
+        examples=[{"methods": "[pflalign, fedavg]"}],
+    )
 
     @model_validator(mode="after")
     def _choose_optimizer(self) -> Self:
@@ -157,6 +163,10 @@ class Recipe(Options):
         if wrong is not None:
             raise wrong
         return self
+
+    def run_options(self) -> dict[str, Any]:
+        """Return every key that a run of this recipe goes by, with its value: all but `compare`."""
+        return self.model_dump(mode="python", exclude={"compare"})
 
 
 def json_schema() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pfl_lm.recipe.scalars import brief, show
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
 
 
-def _fits(pattern: str, said: str) -> AfterValidator:
+def fits(pattern: str, said: str) -> AfterValidator:
     """Return a validator for text that must match ``pattern``; ``said`` tells a person the rule."""
 
     def check(text: str) -> str:
@@ -40,6 +40,7 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
 _Rate = Annotated[float, Field(gt=0, le=MOST)]
 _OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
+Rate = Annotated[_Rate, _OR_AUTO, _AS_IT_IS]
 
 
 def _whole_as_int(number: float) -> float:
@@ -79,15 +80,15 @@ def _file_within(text: str) -> str:
 
 RunName = Annotated[
     str,
-    _fits(
+    fits(
         r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}",
         "1 to 80 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
     ),
 ]
 Text = Annotated[str, Field(min_length=1)]
-ModuleName = Annotated[str, _fits(r"[\w-]+(\.[\w-]+)*", "a module name such as q_proj")]
-PackageName = Annotated[str, _fits(r"[A-Za-z_][\w-]*", "the name of an installed package")]
-HubId = Annotated[str, _fits(r"[\w.-]+(/[\w.-]+)?", "a Hub id such as ORG/NAME")]
+ModuleName = Annotated[str, fits(r"[\w-]+(\.[\w-]+)*", "a module name such as q_proj")]
+PackageName = Annotated[str, fits(r"[A-Za-z_][\w-]*", "the name of an installed package")]
+HubId = Annotated[str, fits(r"[\w.-]+(/[\w.-]+)?", "a Hub id such as ORG/NAME")]
 
 
 class BackboneOptions(Options):
@@ -268,7 +269,7 @@ class FederationOptions(Options):
 class TrainingOptions(Options):
     """What a client does within one round; names as in Hugging Face's TrainingArguments."""
 
-    learning_rate: Annotated[_Rate, _OR_AUTO, _AS_IT_IS] = Field(
+    learning_rate: Rate = Field(
         description="Step size, or `auto` for pflalign on the gradient, which needs one 10 to 40 "
         "times that of plain SGD.",
         examples=[0.002],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from functools import cache
 from typing import get_args
 
+from pfl_lm.recipe.compared import ComparedMethod, ComparedTraining
 from pfl_lm.recipe.methods import METHOD_OPTIONS
+from pfl_lm.recipe.nearest import nearest
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.schema import Recipe
 
@@ -61,10 +61,19 @@ _SYNONYMS = {
 _MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}
 
 
+COMPARED: dict[str, type[Options]] = {
+    "compare.methods[]": ComparedMethod,
+    "compare.methods[].training": ComparedTraining,
+}
+"""Sections within the items of a list, which ``[]`` stands for."""
+
+
 def section_class(section: str, method: str | None = None) -> type[Options] | None:
     """Return the options class of a section, dotted if within another; ``""`` is the recipe."""
     if section == "":
         return Recipe
+    if section in COMPARED:
+        return COMPARED[section]
     if section == "method":
         return METHOD_OPTIONS.get(method or "")
     above, _, name = section.rpartition(".")
@@ -78,7 +87,8 @@ def section_class(section: str, method: str | None = None) -> type[Options] | No
 def subsections(section: str) -> dict[str, type[Options]]:
     """Return the sections within a section, by their dotted names."""
     options = section_class(section)
-    inner = {f"{section}.{key}": None for key in (options.model_fields if options else ())}
+    inner = [f"{section}.{key}" for key in (options.model_fields if options else ())]
+    inner += [name for name in COMPARED if name.startswith(f"{section}.")]
     return {name: found for name in inner if (found := section_class(name)) is not None}
 
 
@@ -104,13 +114,6 @@ def _keys(section: str, options: type[Options]) -> dict[str, None]:
     for name, inner in subsections(section).items():
         keys |= _keys(name, inner)
     return keys
-
-
-def nearest(word: object, among: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the word that ``word`` is most like, if any is like it at all."""
-    known = {each.lower(): each for each in among}
-    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), known, 1, cutoff)
-    return known[found[0]] if found else None
 
 
 def suggest_key(section: str, key: str, method: str | None = None) -> str | None:

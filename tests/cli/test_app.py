@@ -45,7 +45,7 @@ def run_alone(*arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", [(), ("finetune",), ("plan",), ("preview",)])
+@pytest.mark.parametrize("verb", [(), ("finetune",), ("plan",), ("preview",), ("compare",)])
 def test_help_imports_nothing_heavy(verb: tuple[str, ...]) -> None:
     assert run_alone(*verb, "--help") == "heavy:"
 

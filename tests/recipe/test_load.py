@@ -259,7 +259,7 @@ def test_the_resolved_recipe_says_everything_in_schema_order(tmp_path: Path) -> 
 
     data = read_yaml(loaded.resolved().encode(), "resolved").data
 
-    assert list(data) == list(type(loaded.recipe).model_fields)
+    assert [*data, "compare"] == list(type(loaded.recipe).model_fields)  # no part of a run
     for name in data:
         section = getattr(loaded.recipe, name)
         if hasattr(section, "model_dump"):

@@ -1,0 +1,1 @@
+"""Several methods on the same clients: which runs that takes, running them, and reading them."""
