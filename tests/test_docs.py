@@ -100,6 +100,17 @@ def test_named_files_and_modules_exist(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", MANUAL, ids=name)
+def test_named_tests_exist(page: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", prose(page))
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (ROOT / file).is_file() or f"\ndef {test}(" not in (ROOT / file).read_text()
+    ]
+    assert missing == []
+
+
 @pytest.mark.parametrize("text", SNIPPETS)
 def test_recipe_snippets_are_valid(text: str) -> None:
     shown = read_yaml(text.encode(), "snippet").data

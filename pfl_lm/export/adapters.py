@@ -8,8 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
+from pydantic import ValidationError
+
 import pfl_lm
-from pfl_lm.errors import ExportError
+from pfl_lm.errors import ExportError, RunFolderError
 from pfl_lm.evaluate import Choice
 from pfl_lm.export.card import client_card, global_card
 from pfl_lm.export.card_sections import ClientFacts, RunFacts
@@ -97,7 +99,13 @@ def export_adapters(
         write_atomically(
             folder / "global" / CARD, global_card(run, scores, largest(spent)).encode()
         )
-    index = _index(recipe, results, side, backbone)
+    try:
+        index = _index(recipe, results, side, backbone)
+    except ValidationError:  # names of splits, candidates or reasons that nobody here has given
+        raise RunFolderError(
+            f"{folder}: its ledger has scores or choices that pfl-lm does not write",
+            hint="the file was damaged or changed; put back a copy of the run folder",
+        ) from None
     write_atomically(folder / NAME, index.text())
     return tuple(results)
 

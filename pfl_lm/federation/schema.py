@@ -128,6 +128,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
+_STRANGERS = "PRAGMA foreign_key_check"
+_UNFOUNDED = (  # choices without the scores that they were committed with
+    "SELECT client FROM choices EXCEPT SELECT client FROM choices "
+    "JOIN scores USING (client, round, candidate) WHERE split = 'validation'"
+)
+
+
 def _refuse_others(connection: sqlite3.Connection, path: Path) -> None:
     """Make sure that the tables are ours, so that SQLite itself vouches for the types in them.
 
@@ -138,8 +145,8 @@ def _refuse_others(connection: sqlite3.Connection, path: Path) -> None:
         fresh.executescript(TABLES)
         ours = _definitions(fresh)
     found = [problem for (problem,) in connection.execute("PRAGMA quick_check(5)")]
-    strangers = connection.execute("PRAGMA foreign_key_check").fetchone()
-    if _definitions(connection) != ours or found != ["ok"] or strangers is not None:
+    as_ours = found == ["ok"] and _definitions(connection) == ours
+    if not as_ours or any(connection.execute(rows).fetchone() for rows in (_STRANGERS, _UNFOUNDED)):
         raise RunFolderError(
             f"{path}: not a ledger as pfl-lm writes it",
             hint="the file was damaged or changed; put back a copy of the run folder",

@@ -37,7 +37,7 @@ def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> obje
     return value if value == "auto" else number(value)
 
 
-_Rate = Annotated[float, Field(gt=0, le=MOST)]
+_Rate = Annotated[float, Field(gt=0, le=1e38)]  # what float32 holds
 _OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
 _AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
 Rate = Annotated[_Rate, _OR_AUTO, _AS_IT_IS]

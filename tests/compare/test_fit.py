@@ -135,8 +135,6 @@ def change(folder: Path, statement: str, cell: str = "fedavg-s7-r0.1") -> None:
     [
         "DELETE FROM scores WHERE client = 'bob' AND candidate = 'base'",
         "DELETE FROM choices WHERE client = 'bob'",
-        "UPDATE choices SET candidate = 'nobody'",
-        "UPDATE choices SET round = 77",
         "UPDATE scores SET nll = 9e999",
         "UPDATE scores SET rows = -1",
         "UPDATE run SET value = '' WHERE key = 'own_candidate'",
@@ -151,6 +149,18 @@ def test_a_finished_run_without_its_scores_is_refused(
     plan = plan_in(tmp_path / "b", output=tmp_path / "copy", **ONE)
     told = "its ledger does not hold the scores of a finished run"
     assert misfits(plan) == [f"fedavg-s7-r0.1: {told}"]
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE choices SET candidate = 'nobody'", "UPDATE choices SET round = 77"]
+)
+def test_a_choice_of_what_was_not_scored_is_refused(
+    cells: Path, tmp_path: Path, statement: str
+) -> None:
+    shutil.copytree(cells, tmp_path / "copy")
+    change(tmp_path / "copy", statement)
+    [told] = misfits(plan_in(tmp_path / "b", output=tmp_path / "copy", **ONE))
+    assert "not a ledger as pfl-lm writes it" in told
 
 
 def test_a_table_that_takes_anything_is_refused(cells: Path, tmp_path: Path) -> None:

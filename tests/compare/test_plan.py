@@ -59,7 +59,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     said = refusal(recipe, asked, *changes)
     starts = [
         f"{recipe}: 3 problems",
-        f"  line {line_of(recipe, 'rounds')}  federation.rounds: must be a whole number of at ",
+        f"  line {line_of(recipe, 'rounds')}  federation.rounds: must be a whole number from 1 ",
         "  --methods fedavgg,fedavg:beta=1: compare.methods[0]: there is no method 'fedavgg'. ",
         "  --seeds x: compare.seeds[0]: expected a whole number, got 'x'",
         f"{recipe}: 1 problem",

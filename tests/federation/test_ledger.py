@@ -285,6 +285,21 @@ def test_other_files_are_refused_and_left_alone(
             assert other.execute("SELECT name FROM sqlite_schema").fetchall() == [("theirs",)]
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["DELETE FROM scores", "DELETE FROM scores WHERE split = 'validation'", "DROP TABLE scores"],
+)
+def test_a_choice_without_its_scores_is_refused(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "federation.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        old.executescript(VERSION_1)
+    Ledger(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as changed:
+        changed.execute(statement)
+    with pytest.raises(RunFolderError, match="not a ledger as pfl-lm writes it"):
+        Ledger(path)
+
+
 def test_a_ledger_that_is_a_link_is_refused(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     link = tmp_path / "linked" / "federation.sqlite"

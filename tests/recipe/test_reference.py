@@ -54,7 +54,7 @@ def test_every_key_is_there() -> None:
         ("adapter.lora_dropout", "number ≥ 0, < 1", "`0.0`", "Dropout"),
         ("adapter.target_modules", "list; each text", "`[q_proj, v_proj]`", "linear layers"),
         ("adapter.layers_to_transform", "list; each whole number ≥ 0", "`null`", "layers"),
-        ("training.learning_rate", "number > 0, ≤ 1000000 or `auto`", "", "Step size"),
+        ("training.learning_rate", "number > 0, ≤ 1e+38 or `auto`", "", "Step size"),
         ("training.optimizer", "`sgd`, `adamw`", "`null`", "chosen by the method"),
         ("method.preconditioner", "`true` or `false`", "`true`", "signal-to-noise"),
         ("paper", "`eps: 1e-12`", "", ""),
