@@ -25,8 +25,9 @@ def validate(recipe: Path, overrides: list[str]) -> None:
     """
     checked = check_recipe(recipe, overrides)
     typer.echo(plain(_report(checked)))
-    command = shlex.join(["pfl-lm", "finetune", str(recipe), *overrides])
-    typer.echo(plain(f"Next: {command}"))
+    verbs = ["finetune"] + ["compare"] * (checked.loaded.recipe.compare is not None)
+    commands = [shlex.join(["pfl-lm", verb, str(recipe), *overrides]) for verb in verbs]
+    typer.echo(plain(f"Next: {', or all it compares: '.join(commands)}"))
 
 
 def _report(checked: Checked) -> str:

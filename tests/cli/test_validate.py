@@ -66,3 +66,21 @@ def test_a_folder_of_files_is_counted(tmp_path: Path) -> None:
     assert data_line(tmp_path, "{path: clients}") == (
         "text, told by its columns, from 3 files of CSV"
     )
+
+
+@pytest.mark.parametrize(
+    ("compare", "then"),
+    [
+        ("", ""),
+        (
+            "compare: {methods: [fedavg], rates: [0.1]}\n",
+            ", or all it compares: pfl-lm compare {recipe}",
+        ),
+    ],
+)
+def test_what_can_be_done_next(tmp_path: Path, compare: str, then: str) -> None:
+    (tmp_path / "clients.jsonl").write_text(rows_of("text"))
+    recipe = write(tmp_path, MINIMAL + compare)
+    result = CliRunner().invoke(app, ["validate", str(recipe)])
+    next_step = f"Next: pfl-lm finetune {recipe}" + then.format(recipe=recipe)
+    assert result.stdout.splitlines()[-1] == next_step
