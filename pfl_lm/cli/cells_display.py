@@ -7,10 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from pfl_lm.cli.display import Estimate, duration
+from pfl_lm.cli.display import Estimate, duration, live_line
 from pfl_lm.cli.exits import plain
 from pfl_lm.cli.interrupts import Interrupts
 from pfl_lm.compare.cells import Cell
@@ -34,15 +33,7 @@ class CellsDisplay(CellsWatch):
         self._estimate: Estimate | None = None
         self._rounds = 0
         self._name = ""
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = live_line(console)
         self._task = self._progress.add_task("", total=1.0, left="", visible=False)
 
     def __enter__(self) -> Self:

@@ -67,15 +67,7 @@ class Display(Watch):
         self.rows_in_step = rows_in_step
         self.workload: Workload | None = None
         self.estimate: Estimate | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = live_line(console)
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -157,6 +149,19 @@ class Display(Watch):
 
     def _print(self, text: str) -> None:
         self.console.print(Text(plain(text)), soft_wrap=True)
+
+
+def live_line(console: Console) -> Progress:
+    """Return a line with a bar and the time left (field ``left``); none where there is a pipe."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _to_do(workload: Workload) -> str:
