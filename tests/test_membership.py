@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from pfl_lm.cli.app import app
 from pfl_lm.errors import DataError, PflError, RunFolderError
 from pfl_lm.federation.slugs import slug_beside
 from pfl_lm.finetune import finetune
 from pfl_lm.membership import join, remove
 from pfl_lm.recipe import load_recipe
 from pfl_lm.resume import run_recipe
+from tests.interruptions import Killed, cli, killed_at, stopped
 from tests.same import check_same, facts_in, files_in, results_in
-from tests.test_resume import Killed, killed_at, stopped
 from tests.tiny import client_rows, tiny_recipe, write_jsonl
 
 
@@ -38,11 +36,6 @@ def rows_of(folder: Path, client: str = "dora", *, named: bool = True) -> Path:
     if not named:
         rows = [{key: value for key, value in row.items() if key != "client"} for row in rows]
     return write_jsonl(folder / f"{client}.jsonl", rows)
-
-
-def cli(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [*arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 # --- joining ----------------------------------------------------------------------------------

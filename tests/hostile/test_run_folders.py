@@ -25,8 +25,8 @@ from pfl_lm.cli.app import app
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import load_recipe
 from tests.hostile.watched import examples
+from tests.interruptions import stopped
 from tests.same import files_in
-from tests.test_resume import stopped
 from tests.tiny import client_rows, tiny_recipe, write_jsonl
 
 PATIENCE = 60

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from pfl_lm.recipe import LoadedRecipe, load_recipe
 
-MINIMAL = """\
+HEAD = """\
 name: small
 backbone: {model_name_or_path: org/tiny}
 data: {path: clients.jsonl}
 federation: {rounds: 2}
 training: {learning_rate: 1.0, max_steps: 3}
-method: {name: pflalign}
 """
+PFLALIGN = "method: {name: pflalign}\n"
+MINIMAL = HEAD + PFLALIGN
 
 
 def write(folder: Path, text: str = MINIMAL) -> Path:

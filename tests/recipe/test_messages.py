@@ -1,3 +1,5 @@
+"""What is said of unknown keys and wrong values: where, what is wrong, what is allowed."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,17 +7,7 @@ from pathlib import Path
 import pytest
 
 from pfl_lm.errors import RecipeError
-from pfl_lm.recipe.methods import METHOD_OPTIONS
-from tests.recipe.minimal import load
-
-HEAD = """\
-name: small
-backbone: {model_name_or_path: org/tiny}
-data: {path: clients.jsonl}
-federation: {rounds: 2}
-training: {learning_rate: 1.0, max_steps: 3}
-"""
-PFLALIGN = "method: {name: pflalign}\n"
+from tests.recipe.minimal import HEAD, PFLALIGN, load
 
 KEYS = [
     ("adapter:\n  rank: 8\n", ["line 7  adapter.rank: unknown key. Did you mean `adapter.r`?"]),
@@ -119,130 +111,6 @@ def test_a_key_of_another_section(tmp_path: Path) -> None:
         load(tmp_path, "training.max_length=8")
 
 
-NAMES = ", ".join(METHOD_OPTIONS)
-AVERAGING = "pflalign, fedavg, fedprox, fedavgm, fedadam, ditto, ffa_lora, fedsa_lora and rolora"
-METHODS = [
-    (
-        "{}",
-        f"method.name: missing. Add one of {NAMES}, for example `name: pflalign`",
-    ),
-    (
-        "{name: pflalgin}",
-        f"method.name: must be one of {NAMES}, got 'pflalgin'. Did you mean `pflalign`?",
-    ),
-    ("{name: 3}", f"method.name: must be one of {NAMES}, got 3"),
-    ("{name: fedavg, beta: 0.3}", "method.beta: `beta` is an option of pflalign, not of fedavg"),
-    ("{name: pflalign, mu: 0.3}", "method.mu: `mu` is an option of fedprox, not of pflalign"),
-    (
-        "{name: local, weighting: uniform}",
-        f"method.weighting: `weighting` is an option of {AVERAGING}, not of local",
-    ),
-    (
-        "{name: fedprx}",
-        f"method.name: must be one of {NAMES}, got 'fedprx'. Did you mean `fedprox`",
-    ),
-    (
-        "{name: fedprox, proximal_mu: 0.1}",
-        "method.proximal_mu: unknown key. Did you mean `method.mu`?",
-    ),
-    ("{name: fedprox, mu: -1}", "method.mu: must be a number of at least 0, got -1"),
-    (
-        "{name: fedavgm, server_momentum: 1}",
-        "method.server_momentum: must be a number of at least 0 and less than 1, got 1",
-    ),
-    (
-        "{name: fedavgm, server_lr: 1}",
-        "method.server_lr: unknown key. Did you mean `method.server_learning_rate`?",
-    ),
-    (
-        "{name: fedavg, server_learning_rate: 1}",
-        "method.server_learning_rate: `server_learning_rate` is an option of fedavgm, fedadam and "
-        "scaffold, not of fedavg",
-    ),
-    ("{name: fedadam, tau: 0}", "method.tau: must be a number greater than 0, got 0"),
-    ("{name: fedadam, beta1: 0.9}", "method.beta1: unknown key. Did you mean `method.beta_1`?"),
-    (
-        "{name: fedadam, server_momentum: 0.9}",
-        "method.server_momentum: `server_momentum` is an option of fedavgm, not of fedadam",
-    ),
-    (
-        "{name: scaffold, weighting: examples}",
-        f"method.weighting: `weighting` is an option of {AVERAGING}, not of scaffold",
-    ),
-    ("{name: scafold}", f"method.name: must be one of {NAMES}, got 'scafold'. Did you mean `scaff"),
-    ("{name: ditto, lam: -1}", "method.lam: must be a number of at least 0, got -1"),
-    ("{name: ditto, lambda: 0.1}", "method.lambda: unknown key. Did you mean `method.lam`?"),
-    ("{name: fedprox, lam: 0.1}", "method.lam: `lam` is an option of ditto, not of fedprox"),
-    ("{name: FFA-LoRA}", f"method.name: must be one of {NAMES}, got 'FFA-LoRA'. Did you mean `ff"),
-    ("{name: FedSA-LoRA}", f"method.name: must be one of {NAMES}, got 'FedSA-LoRA'. Did you mean"),
-    ("{name: rolora, mu: 0.1}", "method.mu: `mu` is an option of fedprox, not of rolora"),
-    ("{name: ffa_lora, beta: 0.1}", "method.beta: `beta` is an option of pflalign, not of ffa_lo"),
-    ("{name: fedsa_lora, lam: 1}", "method.lam: `lam` is an option of ditto, not of fedsa_lora"),
-    ("{name: local, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
-    ("{name: pflalign, bta: 0.3}", "method.bta: unknown key. Did you mean `method.beta`?"),
-    (
-        "{name: pflalign, beta: 1}",
-        "method.beta: must be a number greater than 0 and less than 1, got 1",
-    ),
-    ("{name: pflalign, eps: -1}", "method.eps: must be a number of at least 0, got -1"),
-    (
-        "{name: pflalign, correction: erv}",
-        "method.correction: must be one of erf, none, half, full, hard, got 'erv'. "
-        "Did you mean `erf`?",
-    ),
-    (
-        "{name: pflalign, preconditioner: yes}",
-        "method.preconditioner: expected true or false, got 'yes'",
-    ),
-    (
-        "{name: pflalign, personalized_start: false}",
-        "method.personalized_start: false needs `method.correction: none`, "
-        "otherwise every round would move the global adapter by -Γ⊙Δ",
-    ),
-]
-
-
-@pytest.mark.parametrize(("method", "message"), METHODS)
-def test_methods(tmp_path: Path, method: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, text=f"{HEAD}method: {method}\n")
-
-    _, line = caught.value.message.splitlines()
-    assert line.startswith(f"  line 6  {message}")
-
-
-BACKBONES = [
-    ("{}", "backbone: needs exactly one of `model_name_or_path` and `package`; neither is given"),
-    ("{model_name_or_path: a/b, package: c, gguf_file: d}", "backbone: needs exactly one of"),
-    (
-        "{package: c}",
-        "backbone.gguf_file: missing: `backbone.package` needs to know its `gguf_file`",
-    ),
-    (
-        "{package: c, gguf_file: d, revision: e}",
-        "backbone.revision: goes with `model_name_or_path` only",
-    ),
-    ("{model_name_or_path: a/b, gguf_file: d}", "backbone.gguf_file: goes with `package` only"),
-    ("{package: c, gguf_file: ../d}", "backbone.gguf_file: must be the name of a file inside"),
-    ("{package: c, gguf_file: /d}", "backbone.gguf_file: must be the name of a file inside"),
-    ("{package: c, gguf_file: 'C:\\d'}", "backbone.gguf_file: must be the name of a file inside"),
-    ("{package: c.d, gguf_file: e}", "backbone.package: must be the name of an installed package"),
-    (
-        "{model_name_or_path: a/b, dtype: bf16}",
-        "backbone.dtype: must be one of auto, float32, bfloat16",
-    ),
-]
-
-
-@pytest.mark.parametrize(("backbone", "message"), BACKBONES)
-def test_backbones(tmp_path: Path, backbone: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, text=f"{HEAD}{PFLALIGN}".replace("{model_name_or_path: org/tiny}", backbone))
-
-    _, line = caught.value.message.splitlines()
-    assert line.startswith(f"  line 2  {message}")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -324,112 +192,6 @@ def test_a_rate_that_no_float32_holds(tmp_path: Path) -> None:
         load(tmp_path, "training.learning_rate=1e39")
 
 
-RULES = [
-    (
-        ["training={learning_rate: 1.0}"],
-        "needs exactly one of `max_steps` and `local_epochs`; neither is given",
-    ),
-    (
-        ["training.local_epochs=2"],
-        "training: needs exactly one of `max_steps` and `local_epochs`; both are given",
-    ),
-    (
-        ["method.name=fedavg", "training.learning_rate=auto"],
-        "auto is for pflalign's preconditioned gradient (`precondition_target: gradient`, "
-        "`update_scale: none`); here give a number, for AdamW for example 0.002",
-    ),
-    (
-        ["method.name=scaffold", "training.optimizer=adamw"],
-        "override training.optimizer=adamw: scaffold takes (w_g − w) / (T η) for a mean of "
-        "gradients, which it is with plain SGD only; write `sgd`, or leave it out",
-    ),
-    (
-        ["method.name=scaffold", "training.learning_rate=auto"],
-        "auto is for pflalign's preconditioned gradient",
-    ),
-    (
-        ["federation.clients_per_round=2", "federation.fraction_train=1.0"],
-        "federation: needs exactly one of `fraction_train` and `clients_per_round`; both are given",
-    ),
-    (
-        ["federation.fraction_train=null"],
-        "needs exactly one of `fraction_train` and `clients_per_round`; neither is given",
-    ),
-    (
-        ["federation.clients_per_round=2", "federation.min_clients=3"],
-        "must be at most `clients_per_round` (2), or round 1 has too few already; got 3",
-    ),
-    (
-        ["federation.clients_per_round=0"],
-        "must be a whole number from 1 to 1000000, got 0",
-    ),
-    (["federation.min_clients=0"], "must be a whole number from 1 to 1000000, got 0"),
-    (
-        ["federation.fraction_train=0"],
-        "must be a number greater than 0 and at most 1, got 0",
-    ),
-    (
-        ["federation.seed=-1"],
-        "must be a whole number from 0 to 9223372036854775807, got -1",
-    ),
-    (
-        ["federation.sampling=example"],
-        "must be one of uniform, examples, got 'example'. Did you mean `examples`?",
-    ),
-    (["federation.availability=''"], "must not be empty"),
-    (["federation.trace=x.csv"], "unknown key. Did you mean `federation.availability`?"),
-    (["federation.cohort_size=3"], "unknown key. Did you mean `federation.clients_per_round`?"),
-    (["federation.min_available_nodes=3"], "unknown key. Did you mean `federation.min_clients`?"),
-    (["training.learning_rate=often"], "expected a number, got 'often'"),
-    (
-        ["method.preset=sgd", "method.correction=half"],
-        "`preset: sgd` sets it to 'none'",
-    ),
-    (
-        ["method.preset=sgd", "method.offset_reference=post"],
-        "post starts each client where it ended, which `personalized_start: false` forbids",
-    ),
-    (
-        ["method.stale_offset=decay", "method.offset_reference=post"],
-        "decay shrinks a kept offset, and with `offset_reference: post` none is kept: a client "
-        "starts where it ended, however long ago",
-    ),
-    (
-        ["method.stale_offset=decay", "method.preset=no_correction"],
-        "decay goes by the share Γ that corrections take off the offset, and `correction: none` "
-        "takes none: nothing would ever decay",
-    ),
-    (["method.stale_offset=decay", "method.preset=sgd"], "nothing would ever decay"),
-    (
-        ["method.name=fedavg", "method.stale_offset=decay"],
-        "`stale_offset` is an option of pflalign, not of fedavg",
-    ),
-    (["method.preset=papper"], "hard_correction, no_realignment, sgd, got 'papper'"),
-    (
-        ["runtime.parallel=both"],
-        "must be one of auto, clients, got 'both'",
-    ),
-]
-
-
-@pytest.mark.parametrize(("overrides", "said"), RULES)
-def test_rules_of_the_later_switches(tmp_path: Path, overrides: list[str], said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, *overrides)
-    assert said in caught.value.message
-
-
-def test_adamw_is_refused_where_it_undoes_the_method(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, "training.optimizer=adamw")
-
-    assert caught.value.message.splitlines()[1] == (
-        "  override training.optimizer=adamw: AdamW normalises a per-coordinate factor on the "
-        "gradient away, so pflalign's preconditioner would do nothing; set "
-        "`method.precondition_target: update` or `training.optimizer: sgd`"
-    )
-
-
 def test_long_values_are_cut_and_nothing_of_pydantic_shows(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(tmp_path, f"adapter.r={'x' * 1000}", "training.learning_rate=[1]")
@@ -463,36 +225,3 @@ def test_long_names_and_overrides_are_cut(tmp_path: Path, override: str, said: s
     assert said in caught.value.message
     assert f"override {override[:197]}...: " in caught.value.message
     assert len(caught.value.message) < 1000
-
-
-def test_columns_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"client: must not be the same column as `data.client_column`"
-    ):
-        load(tmp_path, "data.split_column=client")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (("data.group_column=client",), "must not be the same column as `data.client_column`"),
-        (
-            ("data.group_column=part", "data.split_column=part"),
-            "must not be the same column as `data.split_column`",
-        ),
-        (
-            ("data.format=mesages",),
-            "must be one of auto, prompt_completion, messages, text, got 'mesages'. "
-            "Did you mean `messages`?",
-        ),
-        (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
-        (("data.dataset_format=text",), "unknown key. Did you mean `data.format`?"),
-    ],
-)
-def test_what_the_data_section_refuses(
-    tmp_path: Path, overrides: tuple[str, ...], said: str
-) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, *overrides)
-
-    assert caught.value.message.splitlines()[1] == f"  override {overrides[0]}: {said}"

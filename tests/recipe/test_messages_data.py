@@ -1,0 +1,74 @@
+"""What is said of the backbone and of the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pfl_lm.errors import RecipeError
+from tests.recipe.minimal import HEAD, PFLALIGN, load
+
+BACKBONES = [
+    ("{}", "backbone: needs exactly one of `model_name_or_path` and `package`; neither is given"),
+    ("{model_name_or_path: a/b, package: c, gguf_file: d}", "backbone: needs exactly one of"),
+    (
+        "{package: c}",
+        "backbone.gguf_file: missing: `backbone.package` needs to know its `gguf_file`",
+    ),
+    (
+        "{package: c, gguf_file: d, revision: e}",
+        "backbone.revision: goes with `model_name_or_path` only",
+    ),
+    ("{model_name_or_path: a/b, gguf_file: d}", "backbone.gguf_file: goes with `package` only"),
+    ("{package: c, gguf_file: ../d}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c, gguf_file: /d}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c, gguf_file: 'C:\\d'}", "backbone.gguf_file: must be the name of a file inside"),
+    ("{package: c.d, gguf_file: e}", "backbone.package: must be the name of an installed package"),
+    (
+        "{model_name_or_path: a/b, dtype: bf16}",
+        "backbone.dtype: must be one of auto, float32, bfloat16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("backbone", "message"), BACKBONES)
+def test_backbones(tmp_path: Path, backbone: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text=f"{HEAD}{PFLALIGN}".replace("{model_name_or_path: org/tiny}", backbone))
+
+    _, line = caught.value.message.splitlines()
+    assert line.startswith(f"  line 2  {message}")
+
+
+def test_columns_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"client: must not be the same column as `data.client_column`"
+    ):
+        load(tmp_path, "data.split_column=client")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.group_column=client",), "must not be the same column as `data.client_column`"),
+        (
+            ("data.group_column=part", "data.split_column=part"),
+            "must not be the same column as `data.split_column`",
+        ),
+        (
+            ("data.format=mesages",),
+            "must be one of auto, prompt_completion, messages, text, got 'mesages'. "
+            "Did you mean `messages`?",
+        ),
+        (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
+        (("data.dataset_format=text",), "unknown key. Did you mean `data.format`?"),
+    ],
+)
+def test_what_the_data_section_refuses(
+    tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, *overrides)
+
+    assert caught.value.message.splitlines()[1] == f"  override {overrides[0]}: {said}"
