@@ -27,7 +27,7 @@ WHOLE, REST = "all", "rest"
 """The whole adapter; and matrices that are in no numbered layer."""
 
 _FIRST = "diagnostics/"
-_KEY = re.compile(rf"{_FIRST}({'|'.join(QUANTITIES)})/({WHOLE}|{REST}|\d{{1,6}})", re.ASCII)
+_KEY = re.compile(rf"{_FIRST}({'|'.join(QUANTITIES)})/({WHOLE}|{REST}|0|[1-9]\d{{0,5}})", re.ASCII)
 
 
 def key(quantity: str, layer: str) -> str:

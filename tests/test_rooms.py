@@ -34,6 +34,7 @@ ORDER = (
     ("preflight",),
     ("finetune",),
     ("membership",),
+    ("diagnose",),
     ("compare",),
     ("cli",),
 )

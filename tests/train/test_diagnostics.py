@@ -265,7 +265,7 @@ def test_tensorboard_gets_the_whole_adapters_numbers_alone(
     [
         *("diagnostics/drift/-1", "diagnostics/drift/1\n", "diagnostics/x/1", "drift"),
         *("diagnostics", f"diagnostics/drift/{'9' * 7}", "diagnostics/drift/٣"),
-        "diagnostics/drift/all/1",
+        *("diagnostics/drift/all/1", "diagnostics/drift/01"),
     ],
 )
 def test_strange_names_and_numbers_are_passed_over(name: str) -> None:
