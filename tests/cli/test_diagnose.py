@@ -167,6 +167,20 @@ def test_an_interrupted_run_is_shown_and_then_ends_as_it_would_have(
     check_same(folder, kept, apart=(CSV,))
 
 
+def test_it_may_be_turned_on_for_the_rest_of_a_run(tmp_path: Path, kept: Path) -> None:
+    folder = stopped(tmp_path, 26, **FAR)
+    recipe = str(folder.parents[1] / "recipe.yaml")
+    done = CliRunner().invoke(app, ["finetune", recipe, "--resume", "runtime.diagnostics=true"])
+    assert done.exit_code == 0, done.stderr
+    assert cli(folder, "--no-bound")[0] == 0
+    with (folder / CSV).open(newline="") as file:
+        noted = {(row["round"], row["client"]) for row in csv.DictReader(file)}
+    assert 3 <= len(noted) < 6
+    assert {("2", client) for client in ("alice", "bob", "carol")} <= noted
+    weights = "adapters/bob/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (kept / weights).read_bytes()
+
+
 def test_nothing_of_it_is_pushed(run: Path) -> None:
     before = {file.path for file in plan_push(run, "org/name", remote=None).files}
     cli(run, "--no-bound")

@@ -132,7 +132,7 @@ def test_the_figure_holds_for_who_learns_noise_by_heart(sampled: bool) -> None:
     Weights are fitted to the rows, and their length is the one with the least figure.
     """
     rng = np.random.default_rng(3)
-    n, d, trials, sigma = 24, 40, 400, 1.0
+    n, d, trials, sigma = 60, 200, 200, 1.0
     below, naive = 0, 0
     for _ in range(trials):
         x, y = rng.standard_normal((n, d)), rng.choice([-1.0, 1.0], n)
