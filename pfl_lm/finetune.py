@@ -252,6 +252,7 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         watch=fixed.watch,
         base=fixed.base,
         record_level=recipe.privacy.record_level,
+        diagnose=recipe.runtime.diagnostics,
     )
 
 

@@ -41,6 +41,12 @@ class Entry:
         """One past the last position of this matrix in the vector."""
         return self.start + math.prod(self.shape)
 
+    @property
+    def layer(self) -> int | None:
+        """The transformer layer it is in, the first number in its module's path; None if none."""
+        parts = self.module.split(".")
+        return next((int(part) for part in parts if part.isascii() and part.isdigit()), None)
+
 
 @dataclass(frozen=True)
 class AdapterLayout:
@@ -74,6 +80,18 @@ class AdapterLayout:
         """The (A, B) entries of each adapted module."""
         by_name = {entry.name: entry for entry in self.entries}
         return tuple((e, by_name[f"{e.module}.B"]) for e in self.entries if e.factor == "A")
+
+    @cached_property
+    def layers(self) -> dict[int | None, tuple[slice, ...]]:
+        """Where the numbers of each transformer layer lie; neighbours share a slice."""
+        found: dict[int | None, list[slice]] = {}
+        for entry in self.entries:
+            of_layer = found.setdefault(entry.layer, [])
+            start = entry.start
+            if of_layer and of_layer[-1].stop == start:
+                start = of_layer.pop().start
+            of_layer.append(slice(start, entry.stop))
+        return {layer: tuple(slices) for layer, slices in found.items()}
 
     def views(self, vector: Vector) -> Iterator[tuple[Entry, Tensor]]:
         """Yield each matrix as a view into the vector: writing to it writes to the vector.

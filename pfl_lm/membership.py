@@ -24,6 +24,7 @@ from pfl_lm.federation.store import Store
 from pfl_lm.files import explained, write_atomically
 from pfl_lm.model.outline import find_source, load_tokenizer
 from pfl_lm.recipe import LoadedRecipe, ScaffoldOptions
+from pfl_lm.report.diagnostics import refresh_diagnostics
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.resume import rows_of_one, run_recipe
 
@@ -94,6 +95,7 @@ def remove(folder: Path, client: str, *, replay: bool = False) -> Member:
                 _remove_tree(loaded.run_folder / name)
             _remove_file(loaded.run_folder / NAME)
         write_metrics(loaded.run_folder / "metrics.csv", ledger)
+        refresh_diagnostics(loaded.run_folder, ledger)
     return member
 
 

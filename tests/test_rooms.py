@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pfl_lm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "seeds", "files", "sealed"),
+    ("errors", "seeds", "files", "sealed", "quantities"),
     ("layout",),
     ("recipe",),
     ("data",),
@@ -34,6 +34,7 @@ ORDER = (
     ("preflight",),
     ("finetune",),
     ("membership",),
+    ("diagnose",),
     ("compare",),
     ("cli",),
 )
@@ -44,7 +45,13 @@ RANK["__main__"] = RANK["cli"]
 
 TORCH_FREE = (
     *("pfl_lm", "pfl_lm.recipe", "pfl_lm.errors", "pfl_lm.seeds", "pfl_lm.files"),
-    *("pfl_lm.sealed", "pfl_lm.recipe.reference", "pfl_lm.preflight", "pfl_lm.resume"),
+    *(
+        "pfl_lm.sealed",
+        "pfl_lm.quantities",
+        "pfl_lm.recipe.reference",
+        "pfl_lm.preflight",
+        "pfl_lm.resume",
+    ),
     *("pfl_lm.federation.history", "pfl_lm.federation.lock", "pfl_lm.cli.resume"),
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
     *("pfl_lm.federation.availability", "pfl_lm.federation.cohort"),

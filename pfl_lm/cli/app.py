@@ -202,6 +202,33 @@ def preview(
 
 
 @app.command()
+def diagnose(
+    run: RunFolder,
+    round: Annotated[
+        int | None,
+        typer.Option("--round", metavar="N", help="Show this round's layers; the last without it."),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", metavar="N", min=1, max=100, help="Noises for each train row."),
+    ] = 2,
+    no_bound: Annotated[
+        bool, typer.Option("--no-bound", help="No PAC-Bayes style figures: load no model.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what happened inside a run's turns, layer by layer, if they have noted it.
+
+    That is with runtime.diagnostics=true. All of it goes to diagnostics.csv in the run folder. Of a
+    finished run, a PAC-Bayes style figure for each client is added, with whether it is vacuous.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.diagnose import diagnose as verb
+
+        verb(run, round, samples=samples, bound=not no_bound)
+
+
+@app.command()
 def push(
     run: RunFolder,
     repo: Annotated[str, typer.Option("--repo", metavar="ORG/NAME", help="Where to push to.")],

@@ -18,11 +18,13 @@ def shown_recipe(recipe: Recipe, clients: Set[str]) -> str:
     """Return the recipe as YAML that anyone may read.
 
     Of ``data`` and ``runtime`` only numbers and fixed choices are shown, so that an option added
-    later is hidden until somebody decides otherwise.
+    later is hidden until somebody decides otherwise. ``runtime.diagnostics`` is not: with it every
+    exported byte stays as it is.
     """
     sections = recipe.run_options()
     for name in _PRIVATE_SECTIONS:
         sections[name] = _without_text(getattr(recipe, name))
+    sections["runtime"].pop("diagnostics")
     shown = {key: _without_names(value, clients) for key, value in sections.items()}
     return write_yaml(shown)
 

@@ -31,7 +31,7 @@ from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.privacy.dpsgd import RecordLevel
 from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
-from pfl_lm.train import LocalTrainer
+from pfl_lm.train import LocalTrainer, TurnDiagnostics
 
 
 @dataclass
@@ -39,7 +39,8 @@ class ClientSide:
     """Everything a task needs, for clients that share one resident backbone.
 
     ``base`` is how the untouched backbone did on each client's rows, by client and split. It is the
-    same in every run of one backbone, so several may share it.
+    same in every run of one backbone, so several may share it. With ``diagnose`` a turn's summary
+    has numbers layer by layer.
     """
 
     method: Method
@@ -51,6 +52,7 @@ class ClientSide:
     store: Store
     watch: Watch
     record_level: RecordLevelOptions | None = None
+    diagnose: bool = False
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
 
     def carry_out(self, task: Assignment) -> Update:
@@ -101,6 +103,7 @@ class ClientSide:
             seed=seed,
             on_step=self.watch.step,
             private=private,
+            diagnostics=TurnDiagnostics(self.adapter.layout) if self.diagnose else None,
         )
 
     def _train(self, task: Assignment) -> Update:
@@ -110,6 +113,8 @@ class ClientSide:
         )
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
+        if run.diagnostics is not None:
+            run.summary.update(run.diagnostics.summary(task.sent.vectors))
         if task.check_loss:
             start, end = before.vectors["weights"], state.vectors["weights"]
             run.summary["batches_before"] = run.mean_loss(start, task.steps)

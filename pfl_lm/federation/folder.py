@@ -6,6 +6,7 @@ import re
 
 LEDGER = "federation.sqlite"
 LOCK = "federation.lock"
+DIAGNOSTICS = "diagnostics.csv"
 GIVEN = "recipe.yaml"
 RESOLVED = "recipe.resolved.yaml"
 

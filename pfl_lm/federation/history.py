@@ -286,8 +286,12 @@ class History:
 
     def summaries(self) -> list[tuple[str, dict[str, float]]]:
         """Return whose turn it was and its summary, for every turn in the order of rounds."""
-        rows = self._ask("SELECT client, summary FROM turns ORDER BY round, client")
-        return [(client, self._numbers(text)) for client, text in rows]
+        return [(client, summary) for _, client, summary in self.turn_summaries()]
+
+    def turn_summaries(self) -> list[tuple[int, str, dict[str, float]]]:
+        """Return round, client and summary of every turn, in the order of rounds."""
+        rows = self._ask("SELECT round, client, summary FROM turns ORDER BY round, client")
+        return [(round, client, self._numbers(text)) for round, client, text in rows]
 
     def number(self, key: str) -> float | None:
         """Return a number that the run has noted of itself; None if it has not."""

@@ -71,7 +71,7 @@ def gone_on_with(
     with run_lock(folder):
         ledger = Ledger(folder / LEDGER)
         try:
-            _refuse_other_backbone(ledger.about(), about, folder)
+            refuse_other_backbone(ledger.about(), about, folder)
             store.check(ledger.live_files())
             store.sweep(ledger.live_files())
             for note in _differences(ledger.about(), about):
@@ -96,6 +96,19 @@ def refuse_links(folder: Path) -> None:
         raise RunFolderError(
             listed(f"{folder}: links in a run folder are not followed", links),
             hint="put the folders themselves in their places",
+        )
+
+
+def refuse_other_backbone(then: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
+    """Make sure that a run goes on, or is looked at, with the backbone that it began with.
+
+    Raises:
+        RunFolderError: it is another one; ``then`` and ``now`` are what a run notes of itself.
+    """
+    if then.get("backbone", now["backbone"]) != now["backbone"]:
+        raise RunFolderError(
+            f"{folder}: this run began on another backbone than the one that was loaded",
+            hint="put the weights back that it began with; or start a run of another name",
         )
 
 
@@ -138,14 +151,6 @@ def _write_again(loaded: LoadedRecipe) -> None:
     content = loaded.resolved().encode()
     if not resolved.is_file() or resolved.read_bytes() != content:
         write_atomically(resolved, content)
-
-
-def _refuse_other_backbone(then: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    if then.get("backbone", now["backbone"]) != now["backbone"]:
-        raise RunFolderError(
-            f"{folder}: this run began on another backbone than the one that was loaded",
-            hint="put the weights back that it began with; or start a run of another name",
-        )
 
 
 def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

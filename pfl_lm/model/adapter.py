@@ -11,7 +11,7 @@ looking for its name inside their keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,6 +106,22 @@ class Adapter:
             _saved_key(entry.module, entry.factor): view.detach().cpu().contiguous().clone()
             for entry, view in self.layout.views(vector)
         }
+
+    def vector(self, tensors: Mapping[str, Tensor]) -> Vector:
+        """Return the vector of which `tensors` has made these.
+
+        Raises:
+            ExportError: they are not of an adapter like this one: other keys, shapes or types.
+        """
+        due = self.tensors(self.weights)
+        kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in due.items()}
+        found = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+        if found != kinds:
+            odd = sorted({key for key, _ in found.items() ^ kinds.items()})
+            raise ExportError(
+                f"not an adapter as this run's recipe makes it; these differ: {_named(odd)}"
+            )
+        return torch.cat([tensors[key].reshape(-1) for key in due]).to(self.weights.device)
 
     def config_json(self, base_model: str, revision: str | None) -> dict[str, Any]:
         """Return the content of ``adapter_config.json``, with sets as sorted lists."""

@@ -12,7 +12,7 @@ from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions
 from pfl_lm.recipe.options import Options, broken
-from pfl_lm.recipe.sections import TrainingOptions
+from pfl_lm.recipe.sections import RuntimeOptions, TrainingOptions
 
 _Noise = Annotated[float, Field(gt=0)]
 _Delta = Annotated[float, Field(gt=0, lt=1)]
@@ -113,6 +113,7 @@ def uncovered(
     training: TrainingOptions,
     method: MethodOptions,
     aggregation: AggregationOptions,
+    runtime: RuntimeOptions,
 ) -> PydanticCustomError | None:
     """Return what of a recipe would tell more than its levers account for; None if nothing."""
     lever = privacy.first_asked
@@ -128,6 +129,12 @@ def uncovered(
             "tokens would tell how long a client's rows are, which `privacy.record_level` does not "
             "cover; use `examples` or `uniform`",
             *("method", "weighting"),
+        )
+    if privacy.record_level is not None and runtime.diagnostics:
+        return broken(
+            "true would tell of gradients and offsets more than `privacy.record_level` accounts "
+            "for; leave it out",
+            *("runtime", "diagnostics"),
         )
     if privacy.client_level is None:
         return None

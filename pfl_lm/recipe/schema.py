@@ -159,7 +159,7 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _privacy_covers_what_is_sent(self) -> Self:
-        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation)
+        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation, self.runtime)
         if wrong is not None:
             raise wrong
         return self

@@ -356,3 +356,8 @@ class RuntimeOptions(Options):
         description="tensorboard: also write every round's and every turn's numbers to `logs/` in "
         'the run folder, for `tensorboard --logdir`; needs `pip install "pfl-lm[tracking]"`.',
     )
+    diagnostics: bool = Field(
+        default=False,
+        description="true: every turn also notes, layer by layer, what `pfl-lm diagnose` shows; "
+        "the results stay the same to the bit.",
+    )

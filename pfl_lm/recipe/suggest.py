@@ -48,6 +48,7 @@ _SYNONYMS = {
     "privacy.record_level": ("dp_sgd", "dpsgd", "example_level", "sample_level", "row_level"),
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
+    "runtime.diagnostics": ("diagnose", "diagnostic", "diagnosis"),
     "runtime.tracking": ("tracker", "report_to", "logger", "tensorboard"),
     "training": ("train", "trainer"),
     "training.learning_rate": ("lr", "eta"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Watches, Workload
 from pfl_lm.files import explained
+from pfl_lm.quantities import without_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -74,7 +75,7 @@ class TensorBoard(Watch):
     def turn(self, update: Update) -> None:
         """Write the numbers of one client's turn: its losses, its norms, its means of P and γ."""
         slug = self.slugs[update.client]
-        numbers = {**update.summary, "seconds": update.seconds}
+        numbers = {**without_layers(update.summary), "seconds": update.seconds}
         self._write(update.round, {f"{name}/{slug}": value for name, value in numbers.items()})
 
     def round(self, report: RoundReport) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pfl_lm.model.adapter import Adapter
     from pfl_lm.privacy.dpsgd import PrivateGradient, RecordLevel
     from pfl_lm.recipe import TrainingOptions
+    from pfl_lm.train.diagnostics import TurnDiagnostics
 
 # Lightning sets its loggers to INFO on import and would greet every client of every round.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -46,6 +47,7 @@ class LocalTrainer:
         seed: fixes batches and dropout; every fit of the turn sees the same ones.
         on_step: called after each optimizer step.
         private: the record-level lever, if it is set: every fit then trains by DP-SGD.
+        diagnostics: looks on at every fit, if there is one; it changes none.
 
     Attributes:
         n_examples: the client's training rows.
@@ -65,6 +67,7 @@ class LocalTrainer:
         seed: int,
         on_step: Callable[[], None] | None = None,
         private: RecordLevel | None = None,
+        diagnostics: TurnDiagnostics | None = None,
     ) -> None:
         self.adapter = adapter
         self.examples = examples
@@ -73,6 +76,7 @@ class LocalTrainer:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.private = private
+        self.diagnostics = diagnostics
         self.n_examples = len(examples)
         self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
@@ -96,6 +100,8 @@ class LocalTrainer:
         self.adapter.train_only(trainable)
         self.adapter.model.train()
         private, batches, accumulation = self._gradients(steps)
+        if self.diagnostics is not None:
+            callbacks = self.diagnostics.around(start, callbacks)
         module = PersonalizedLM(self.adapter, self.training, moments, private)
         device = self.adapter.weights.device
         with (
@@ -110,7 +116,10 @@ class LocalTrainer:
             moments.step += trainer.global_step
         self.adapter.model.eval()
         self._note(module, trainer)
-        return self.adapter.read()
+        end = self.adapter.read()
+        if self.diagnostics is not None:
+            self.diagnostics.ended(end)
+        return end
 
     def loss_and_grad(self, at: Vector, batch: Mapping[str, Any]) -> tuple[float, Vector]:
         """Return the mean token loss of one batch at ``at`` and its gradient, ``(d,)``.

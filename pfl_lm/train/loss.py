@@ -43,6 +43,18 @@ def mean_nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return nll_by_row(model, batch) / n_supervised.clamp(min=1)
 
 
+def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Return the share of each row's supervised tokens that are not the first guess, ``(batch,)``.
+
+    Where a model's numbers are not finite, it is wrong.
+    """
+    logits, labels = _predictions(model, batch)
+    highest, guess = logits.max(dim=-1)
+    supervised = labels != IGNORED
+    wrong = ((guess != labels) | ~highest.isfinite()) & supervised
+    return wrong.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)
+
+
 def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     outputs = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False

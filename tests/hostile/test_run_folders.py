@@ -242,6 +242,7 @@ VERBS: dict[str, Callable[[Path], list[str]]] = {
     "join": lambda run: [
         *("join", str(run), "--id", "dora", "--data", str(run.parents[1] / "dora.jsonl")),
     ],
+    "diagnose": lambda run: ["diagnose", str(run), "--samples", "1"],
     "push": lambda run: ["push", str(run), "--repo", "org/name", "--dry-run"],
 }
 

@@ -90,6 +90,11 @@ def test_client_level_and_both(tmp_path: Path) -> None:
             "which `privacy.record_level` does not cover; use `examples` or `uniform`",
         ),
         (
+            [RECORD, "runtime.diagnostics=true"],
+            "override runtime.diagnostics=true: true would tell of gradients and offsets more than "
+            "`privacy.record_level` accounts for; leave it out",
+        ),
+        (
             [CLIENT, UNIFORM, "training.learning_rate=auto"],
             "override training.learning_rate=auto: auto looks at clients' gradients and losses, "
             "which `privacy.client_level` does not cover; give a number",
