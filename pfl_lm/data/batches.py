@@ -24,6 +24,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``(batch, seq)``. Labels
         are not shifted: ``labels[:, i]`` is ``input_ids[:, i]`` where supervised, else -100.
+        ``positions``, int64 ``(n,)``: where a supervised token is predicted, which is one before
+        it, into the batch flattened.
     """
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -35,7 +37,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         attention_mask[row, : len(ids)] = 1
         for first, last in example.spans:
             labels[row, first:last] = ids[first:last]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    predicted = (labels[:, 1:] != IGNORED).nonzero()
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "positions": predicted[:, 0] * shape[1] + predicted[:, 1],
+    }
 
 
 def training_batches(

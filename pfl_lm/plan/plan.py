@@ -182,7 +182,11 @@ def _shapes(recipe: Recipe, dataset: FederatedDataset) -> tuple[Shape, Shape]:
 
 def _largest(batches: Sequence[tuple[Sequence[Example], int]]) -> Shape:
     shapes = [
-        Shape(min(size, len(examples)), max(len(example.input_ids) for example in examples))
+        Shape(
+            min(size, len(examples)),
+            max(len(example.input_ids) for example in examples),
+            max(example.n_supervised for example in examples),
+        )
         for examples, size in batches
         if examples
     ]

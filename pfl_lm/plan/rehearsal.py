@@ -7,8 +7,8 @@ how many copies of the logits a loss makes.
 
     kept for backward     of the layers from the lowest adapted one up: below it nothing has a
                           gradient, so nothing is kept
-    logits                rows × tokens × vocabulary, in the model's type, again in float32, again
-                          as log-probabilities, and in training their gradients
+    logits                supervised tokens × vocabulary, in the model's type, again in float32,
+                          again as log-probabilities, and in training their gradients
 
 Blocks are counted in two kinds, since a C allocator treats them so: see ``memory.py``.
 """
@@ -43,10 +43,11 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The largest batch of its kind: how many rows, how many tokens each."""
+    """The largest batch of its kind: how many rows, how many tokens each, how many supervised."""
 
     rows: int
     tokens: int
+    supervised: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,8 @@ def _pretend(model: nn.Module, device: torch.device) -> list[Tensor]:
 
 def _batch(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     size = (shape.rows, shape.tokens)
-    return {name: torch.ones(size, dtype=torch.int64, device=device) for name in _COLUMNS}
+    columns = {name: torch.ones(size, dtype=torch.int64, device=device) for name in _COLUMNS}
+    return {**columns, "positions": columns["labels"].new_zeros(shape.rows * shape.supervised)}
 
 
 _COLUMNS = ("input_ids", "attention_mask", "labels")

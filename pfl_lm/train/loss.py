@@ -12,6 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from pfl_lm.model.head import logits_at
+
 IGNORED = -100
 """The label of a position that carries no loss."""
 
@@ -20,21 +22,17 @@ def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return the negative log-likelihood of a batch's supervised tokens, in nats, as a scalar.
 
     ``input_ids``, ``attention_mask`` and ``labels`` have shape ``(batch, seq)``; a label is the
-    token at its own position, predicted from the position before.
+    token at its own position, predicted from the position before. ``positions``, if it is there,
+    are those that predict a supervised token, ``(n,)``, into the batch flattened.
     """
-    logits, labels = _predictions(model, batch)
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    logits, wanted, _ = _predictions(model, batch)
+    return F.cross_entropy(logits, wanted, reduction="sum")
 
 
 def nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return the negative log-likelihood of each row's supervised tokens, in nats, ``(batch,)``."""
-    logits, labels = _predictions(model, batch)
-    by_token = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return by_token.view(labels.shape).sum(dim=1)
+    logits, wanted, positions = _predictions(model, batch)
+    return _by_row(F.cross_entropy(logits, wanted, reduction="none"), positions, batch)
 
 
 def mean_nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -48,15 +46,30 @@ def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
     Where a model's numbers are not finite, it is wrong.
     """
-    logits, labels = _predictions(model, batch)
+    logits, wanted, positions = _predictions(model, batch)
     highest, guess = logits.max(dim=-1)
-    supervised = labels != IGNORED
-    wrong = ((guess != labels) | ~highest.isfinite()) & supervised
-    return wrong.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)
+    wrong = ((guess != wanted) | ~highest.isfinite()).float()
+    n_supervised: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    return _by_row(wrong, positions, batch) / n_supervised.clamp(min=1)
 
 
-def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    outputs = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    return outputs.logits[:, :-1].float(), batch["labels"][:, 1:]
+def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``(n, vocab)``, the tokens they should predict, and where they stand."""
+    labels: Tensor = batch["labels"]
+    positions = batch["positions"] if "positions" in batch else predicting(labels)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = logits_at(model, {**inputs, "use_cache": False}, positions)
+    return logits.float(), labels.flatten()[positions + 1], positions
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Return the positions that predict a supervised token, into the batch flattened, ``(n,)``."""
+    before = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return before.flatten().nonzero()[:, 0]
+
+
+def _by_row(by_token: Tensor, positions: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    labels: Tensor = batch["labels"]
+    everywhere = by_token.new_zeros(labels.numel())
+    rows: Tensor = everywhere.index_put((positions,), by_token).view(labels.shape)
+    return rows.sum(dim=1)

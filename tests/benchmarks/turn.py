@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.turn [--tiny] [--repeats N]
 
-``steps`` sets a fit of ``LocalTrainer.train`` against a loop with the same model, batches and
+``steps`` sets a fit of ``LocalTrainer.train`` against a loop with the same model, loss, batches and
 optimizer; both end at the same bits. Beside them stands a whole turn of pFLAlign on the same
 batches: what its two callbacks cost. ``fixed`` runs a whole federation and takes, between two
 clients' turns of one round, everything that is not an optimizer step: reading the client's state,
@@ -20,7 +20,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pfl_lm.data.batches import training_batches
@@ -33,6 +32,7 @@ from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import load_backbone
 from pfl_lm.preflight import preflight
 from pfl_lm.train import LocalTrainer
+from pfl_lm.train.loss import nll_sum
 from tests.benchmarks.measure import Times, alternate, arguments, now, show, table
 from tests.benchmarks.world import recipe
 
@@ -72,17 +72,7 @@ def against_a_loop(folder: Path, *, tiny: bool, repeats: int) -> None:
         rate = options.training.learning_rate
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=0.0)
         for batch in training_batches(examples, **batching):
-            logits = adapter.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            ).logits[:, :-1]
-            nll = F.cross_entropy(
-                logits.float().flatten(0, 1),
-                batch["labels"][:, 1:].flatten(),
-                ignore_index=-100,
-                reduction="sum",
-            )
+            nll = nll_sum(adapter.model, batch)
             optimizer.zero_grad(set_to_none=False)
             (nll / batch["window_tokens"]).backward()
             optimizer.step()

@@ -43,6 +43,7 @@ def test_collate_pads_on_the_right_and_marks_by_position():
         "input_ids": [[1, 2, 9, 9, 9], [9, 5, 6, 7, 9]],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         "labels": [[-100, 2, 9, -100, -100], [-100, -100, 6, 7, -100]],
+        "positions": [0, 1, 6, 7],
     }
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 

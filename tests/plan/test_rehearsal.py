@@ -18,28 +18,31 @@ from tests.tiny import tiny_model
 from tests.world import make_world
 
 CPU = torch.device("cpu")
-ROWS, TOKENS, VOCABULARY = 3, 5, 1000
-LOGITS = ROWS * TOKENS * VOCABULARY
-SHIFTED = ROWS * (TOKENS - 1) * VOCABULARY
-"""Numbers in the logits, and in those of them that predict something."""
+ROWS, TOKENS, SUPERVISED, VOCABULARY = 3, 5, 2, 1000
+LOGITS = ROWS * SUPERVISED * VOCABULARY
+"""Numbers in the logits that predict something; there are no others."""
 
 
 class Plain(nn.Module):
-    """Logits that are one trainable row of the vocabulary, added to zeros."""
+    """A trainable head on states of one number each."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.row = nn.Parameter(torch.zeros(VOCABULARY, dtype=dtype))
+        self.head = nn.Linear(1, VOCABULARY, bias=False, dtype=dtype)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
 
     def forward(self, input_ids: Tensor, **more: Any) -> Any:
-        zeros = torch.zeros((), dtype=self.row.dtype, device=input_ids.device)
-        return SimpleNamespace(logits=self.row + zeros.expand(*input_ids.shape, VOCABULARY))
+        states = input_ids.to(self.head.weight.dtype).unsqueeze(-1)
+        return SimpleNamespace(logits=self.head(states))
 
 
 def in_bytes(dtype: torch.dtype) -> Rehearsal:
     with torch.device("meta"):
         model = Plain(dtype)
-    return rehearse(model, Shape(ROWS, TOKENS), Shape(ROWS, TOKENS), CPU)
+    shape = Shape(ROWS, TOKENS, SUPERVISED)
+    return rehearse(model, shape, shape, CPU)
 
 
 def close(found: int, expected: int) -> bool:
@@ -50,17 +53,16 @@ def close(found: int, expected: int) -> bool:
 def test_scoring_holds_two_copies_in_float32_by_hand() -> None:
     """bfloat16: the logits and their copy in float32; then without them the log-probabilities."""
     half = in_bytes(torch.bfloat16).score
-    assert close(half.small, max(2 * LOGITS + 4 * SHIFTED, 4 * SHIFTED + 4 * SHIFTED))
-    # float32: the logits stay under their slice, of which flattening makes a copy.
-    full = in_bytes(torch.float32).score
-    assert close(full.small, 4 * LOGITS + 4 * SHIFTED + 4 * SHIFTED)
+    assert close(half.small, max(2 * LOGITS + 4 * LOGITS, 4 * LOGITS + 4 * LOGITS))
+    full = in_bytes(torch.float32).score  # of which no copy is made
+    assert close(full.small, 4 * LOGITS + 4 * LOGITS)
     assert half.large == full.large == 0
 
 
 def test_training_adds_the_gradient_of_the_log_probabilities_by_hand() -> None:
     """Log-probabilities, their gradient and that of the logits, all in float32."""
     trained = in_bytes(torch.bfloat16).train
-    assert close(trained.small, 3 * 4 * SHIFTED)
+    assert close(trained.small, 3 * 4 * LOGITS)
 
 
 def test_blocks_from_32_mib_on_are_large() -> None:
@@ -68,7 +70,7 @@ def test_blocks_from_32_mib_on_are_large() -> None:
         model = Plain(torch.bfloat16)
     tokens = LARGE // (4 * VOCABULARY) + 2  # a copy in float32 is large, one in bfloat16 is not
     n = (tokens - 1) * VOCABULARY
-    score = rehearse(model, Shape(1, 2), Shape(1, tokens), CPU).score
+    score = rehearse(model, Shape(1, 2, 1), Shape(1, tokens, tokens - 1), CPU).score
     assert score.large == 2 * 4 * n
     assert 2 * n < score.small < 4 * n
 
@@ -89,13 +91,13 @@ def test_weights_are_not_counted() -> None:
     """Not even those that a view of them comes out of an operation."""
     adapter = outlined()
     n = sum(parameter.numel() for parameter in adapter.model.parameters())
-    blocks = rehearse(adapter.model, Shape(1, 2), Shape(1, 2), CPU)
+    blocks = rehearse(adapter.model, Shape(1, 2, 1), Shape(1, 2, 1), CPU)
     assert 4 * n > 300_000
     assert max(blocks.train.small, blocks.score.small) < 100_000
 
 
 def test_layers_below_the_lowest_adapted_one_keep_nothing() -> None:
-    shape = Shape(2, 30)
+    shape = Shape(2, 30, 10)
     kept = {
         layers: rehearse(outlined(layers_to_transform=list(layers)).model, shape, shape, CPU).train
         for layers in ((0,), (1,), (0, 1))
@@ -105,7 +107,7 @@ def test_layers_below_the_lowest_adapted_one_keep_nothing() -> None:
 
 def test_a_real_step_keeps_what_the_rehearsed_one_does() -> None:
     """All that a real forward saves for its backward is part of the peak that was rehearsed."""
-    shape = Shape(4, 60)
+    shape = Shape(4, 60, 59)
     rehearsed = rehearse(outlined().model, shape, shape, CPU).train
     model = make_world().adapter.model
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -147,6 +149,6 @@ def test_the_peak_by_hand() -> None:
 def test_tied_weights_count_once_and_dropout_runs(dropout: float) -> None:
     adapter = outlined(lora_dropout=dropout)
     tied = adapter.model.get_output_embeddings().weight
-    rehearse(adapter.model, Shape(1, 4), Shape(1, 4), CPU)
+    rehearse(adapter.model, Shape(1, 4, 2), Shape(1, 4, 2), CPU)
     model = adapter.model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is not tied
