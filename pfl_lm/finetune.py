@@ -42,6 +42,7 @@ from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
+from pfl_lm.model.trunk import TrunkStates
 from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
 from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
@@ -69,11 +70,13 @@ class Common:
         backbone: frozen, with no adapter in it.
         dataset: every client's examples in its tokens.
         base: how the untouched backbone did; filled as runs score it.
+        trunk: what rows are below the first adapted layer; filled as runs meet them.
     """
 
     backbone: Backbone
     dataset: FederatedDataset
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
+    trunk: TrunkStates = field(default_factory=TrunkStates)
 
 
 def finetune(
@@ -107,7 +110,10 @@ def finetune(
     def prepare() -> tuple[Common, Adapter]:
         ready = common or load_common(recipe, clients, accelerator.device, watch)
         return ready, Adapter(
-            ready.backbone, recipe.adapter, seed=derive_seed(recipe.seed, "adapter")
+            ready.backbone,
+            recipe.adapter,
+            seed=derive_seed(recipe.seed, "adapter"),
+            trunk=ready.trunk if recipe.runtime.trunk_cache == "auto" else None,
         )
 
     # one rank converts what has to be converted

@@ -149,6 +149,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     working = [
         backbone,
         (memory.vectors, "adapter, optimizer, the method's vectors, a round's uploads"),
+        (memory.trunk, "rows below the first adapted layer, remembered"),
         (memory.small, "what the layers keep for the backward pass"),
         (memory.large, "large blocks: copies of the logits, above all"),
     ]
@@ -162,4 +163,6 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _parts(parts: list[tuple[int, str]]) -> Iterator[tuple[str, str]]:
     for n, what in parts:
+        if n == 0:
+            continue
         yield "", f"{size(n):>8}  {what}"

@@ -36,7 +36,7 @@ def token_error(
     errors: list[float] = []
     for _, batch in evaluation_batches(examples, batch_size, pad_token_id):
         placed = {name: tensor.to(vector.device) for name, tensor in batch.items()}
-        errors += error_by_row(adapter.model, placed).tolist()
+        errors += error_by_row(adapter.forward, placed).tolist()
     return math.fsum(errors) / len(errors)
 
 
@@ -66,7 +66,7 @@ def noisy_token_error(
         for _ in range(samples):
             noise = torch.randn(vector.shape, generator=generator).to(vector.device)
             adapter.write(torch.add(vector, noise, alpha=sigma))
-            errors += error_by_row(adapter.model, placed).tolist()
+            errors += error_by_row(adapter.forward, placed).tolist()
         if on_rows is not None:
             on_rows(1)
     return math.fsum(errors) / len(errors)

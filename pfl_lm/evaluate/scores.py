@@ -56,7 +56,7 @@ def score(
     nll = [0.0] * len(examples)
     for indices, batch in evaluation_batches(examples, batch_size, pad_token_id):
         placed = {name: tensor.to(vector.device) for name, tensor in batch.items()}
-        for index, value in zip(indices, nll_by_row(adapter.model, placed).tolist(), strict=True):
+        for index, value in zip(indices, nll_by_row(adapter.forward, placed).tolist(), strict=True):
             nll[index] = value
         if on_rows is not None:
             on_rows(len(indices))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pfl_lm.errors import ExportError, ModelError
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.model.trunk import TrunkStates, trunk_of
 from pfl_lm.recipe.scalars import brief
 
 if TYPE_CHECKING:
@@ -36,13 +37,23 @@ class Adapter:
 
     Attributes:
         model: the backbone's model, which now applies the adapter in every forward.
+        forward: what to call for logits: the model, or its trunk where that is remembered.
         layout: which slice of the vector is which matrix.
         weights: ``(d,)`` fp32, the live numbers; writing here changes the model.
         grads: ``(d,)`` fp32, the live gradients of the last backward.
     """
 
-    def __init__(self, backbone: Backbone, options: AdapterOptions, *, seed: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: AdapterOptions,
+        *,
+        seed: int,
+        trunk: TrunkStates | None = None,
+    ) -> None:
         """Inject a fresh adapter: A random from ``seed``, B zero.
+
+        ``trunk`` is where states of rows below the first adapted layer are remembered, if they are.
 
         Raises:
             ModelError: a target module or a layer does not exist.
@@ -64,9 +75,14 @@ class Adapter:
         ):
             parameter.data = view
         self.zero_grad()
+        modules = [entry.module for entry in self.layout.entries]
+        self._trunk = None if trunk is None else trunk_of(self.model, modules, trunk)
+        self.forward = self.model if self._trunk is None else self._trunk
 
     def close(self) -> None:
         """Take the adapter out: the backbone is as it was, ready for another one."""
+        if self._trunk is not None:
+            self._trunk.close()
         self._peft.unload()
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -1,7 +1,7 @@
 """How much memory a run will take at its peak, from what was counted and one measurement.
 
     load      process + weights + file
-    work      process + weights + 5/4 · (vectors + small) + large
+    work      process + weights + 5/4 · (vectors + small) + trunk + large
     peak      the larger of the two
 
 The file of weights is read through a map of its pages. They count while it is converted to another
@@ -44,6 +44,7 @@ class Memory:
         file: its weights as they are stored, if they are converted while they are read.
         vectors: the adapter, the optimizer's moments, the method's vectors, a round's uploads,
             with what their fragments waste.
+        trunk: what rows are below the first adapted layer, if that is remembered.
         blocks: of one training step and one scoring batch.
         on_host: whether the device is this machine's own memory.
     """
@@ -52,6 +53,7 @@ class Memory:
     weights: int
     file: int
     vectors: int
+    trunk: int
     blocks: Rehearsal
     on_host: bool
 
@@ -69,7 +71,7 @@ class Memory:
     @property
     def on_device(self) -> int:
         """The peak of what lies on the device, without the process around it."""
-        return self.weights + self.vectors + self.small + self.large
+        return self.weights + self.vectors + self.trunk + self.small + self.large
 
     @property
     def loading(self) -> int:

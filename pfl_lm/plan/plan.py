@@ -17,6 +17,7 @@ from pfl_lm.methods import METHODS, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import pick_dtype
 from pfl_lm.model.outline import find_source, outline_backbone
+from pfl_lm.model.trunk import bytes_remembered
 from pfl_lm.plan.files import Disk, planned_disk
 from pfl_lm.plan.memory import Memory, process_bytes, vector_bytes
 from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
@@ -110,6 +111,7 @@ def make_plan(
             weights=parameters * dtype.itemsize,
             file=0 if outline.stored == dtype else parameters * outline.stored.itemsize,
             vectors=vector_bytes(recipe, layout, traffic, max(sizes)),
+            trunk=_trunk(adapter, recipe, dataset),
             blocks=blocks,
             on_host=device.type == "cpu",
         )
@@ -126,6 +128,20 @@ def make_plan(
         memory=memory,
         disk=planned_disk(recipe, dataset.client_ids, taking_part, traffic, FLOAT * layout.d),
     )
+
+
+def _trunk(adapter: Adapter, recipe: Recipe, dataset: FederatedDataset) -> int:
+    """Return the bytes of what is remembered of every row once all have been trained and scored."""
+    if recipe.runtime.trunk_cache == "off":
+        return 0
+    rows = {
+        example.input_ids
+        for client in dataset
+        for examples in (client.train, client.validation, dataset.test(client.id))
+        for example in examples
+    }
+    modules = [entry.module for entry in adapter.layout.entries]
+    return bytes_remembered(adapter.model, modules, sum(map(len, rows)))
 
 
 def _client(client: ClientData, recipe: Recipe, fits: int) -> ClientPlan:

@@ -351,6 +351,11 @@ class RuntimeOptions(Options):
         le=1024,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
+    trunk_cache: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: where adapters leave the lowest layers alone, run those once for each "
+        "row and remember what comes out; off: run them every time.",
+    )
     tracking: Literal["none", "tensorboard"] = Field(
         default="none",
         description="tensorboard: also write every round's and every turn's numbers to `logs/` in "

@@ -133,7 +133,7 @@ class LocalTrainer:
         self.adapter.write(at)
         self.adapter.train_only(None)
         self.adapter.zero_grad()
-        loss = nll_sum(self.adapter.model, batch) / batch["window_tokens"]
+        loss = nll_sum(self.adapter.forward, batch) / batch["window_tokens"]
         loss.backward()
         return float(loss.detach()), self.adapter.grads.clone()
 
@@ -157,7 +157,7 @@ class LocalTrainer:
         self._refuse_bare_numbers()
         self.adapter.write(at)
         losses = [
-            float(sum(nll_sum(self.adapter.model, batch) / batch["window_tokens"] for batch in w))
+            float(sum(nll_sum(self.adapter.forward, batch) / batch["window_tokens"] for batch in w))
             for w in self.windows(steps)
         ]
         return math.fsum(losses) / len(losses)

@@ -84,7 +84,7 @@ class PersonalizedLM(L.LightningModule):
         if self.private is not None:
             return self._private_step(self.private, batch)
         accumulation = self.training_options.gradient_accumulation_steps
-        nll = nll_sum(self.adapter.model, batch)
+        nll = nll_sum(self.adapter.forward, batch)
         self._count(nll.detach() / batch["window_tokens"], first=batch_idx % accumulation == 0)
         window_tokens: int = batch["window_tokens"]
         return nll * accumulation * self.trainer.world_size / window_tokens
@@ -97,7 +97,7 @@ class PersonalizedLM(L.LightningModule):
 
     def _private_step(self, private: PrivateGradient, step: Mapping[str, Any]) -> Tensor:
         for batch in step["micro_batches"]:
-            private.add(mean_nll_by_row(self.adapter.model, batch))
+            private.add(mean_nll_by_row(self.adapter.forward, batch))
         trained: Tensor = next(each for each in self.personal if each.requires_grad)
         return trained.sum() * 0.0  # Lightning wants something to go backward from
 

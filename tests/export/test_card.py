@@ -175,7 +175,8 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
         "validation_fraction": 0.125,
         "max_length": 512,
     }
-    plain = {"parallel": "auto", "threads": None, "tracking": "none"}
+    plain = {"parallel": "auto", "threads": None, "trunk_cache": "auto"}
+    plain["tracking"] = "none"
     assert shown["runtime"] == {"output_dir": HIDDEN, **plain}
     assert shown["backbone"]["gguf_file"] == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert shown["training"]["optimizer"] == "sgd"

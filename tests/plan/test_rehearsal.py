@@ -134,15 +134,21 @@ def test_a_real_step_keeps_what_the_rehearsed_one_does() -> None:
 def memory(*, on_host: bool = True, file: int = 0) -> Memory:
     blocks = Rehearsal(train=Blocks(small=400, large=30), score=Blocks(small=100, large=50))
     return Memory(
-        process=10_000, weights=2_000, file=file, vectors=300, blocks=blocks, on_host=on_host
+        process=10_000,
+        weights=2_000,
+        file=file,
+        vectors=300,
+        trunk=7_000,
+        blocks=blocks,
+        on_host=on_host,
     )
 
 
 def test_the_peak_by_hand() -> None:
-    assert memory().host == 10_000 + 2_000 + 300 + 500 + 50
-    assert memory(file=4_000).host == 10_000 + 2_000 + 4_000
+    assert memory().host == 10_000 + 2_000 + 300 + 7_000 + 500 + 50
+    assert memory(file=9_000).host == 10_000 + 2_000 + 9_000
     assert memory(on_host=False, file=4_000).host == 10_000 + 2_000 + 4_000
-    assert memory(on_host=False).on_device == 2_000 + 300 + 500 + 50
+    assert memory(on_host=False).on_device == 2_000 + 300 + 7_000 + 500 + 50
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
