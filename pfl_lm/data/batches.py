@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,8 +25,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``(batch, seq)``. Labels
         are not shifted: ``labels[:, i]`` is ``input_ids[:, i]`` where supervised, else -100.
-        ``positions``, int64 ``(n,)``: where a supervised token is predicted, which is one before
-        it, into the batch flattened.
+        ``positions``, int64 ``(n,)``, are those of `predicting`.
     """
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -37,13 +37,18 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         attention_mask[row, : len(ids)] = 1
         for first, last in example.spans:
             labels[row, first:last] = ids[first:last]
-    predicted = (labels[:, 1:] != IGNORED).nonzero()
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
-        "positions": predicted[:, 0] * shape[1] + predicted[:, 1],
+        "positions": predicting(labels),
     }
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Return the positions that predict a supervised token, into the batch flattened, ``(n,)``."""
+    before = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return before.flatten().nonzero()[:, 0]
 
 
 def training_batches(

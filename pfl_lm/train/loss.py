@@ -12,10 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from pfl_lm.data.batches import IGNORED, predicting
 from pfl_lm.model.head import logits_at
-
-IGNORED = -100
-"""The label of a position that carries no loss."""
 
 
 def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -37,8 +35,7 @@ def nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 def mean_nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return each row's nll by its own supervised tokens, ``(batch,)``: a row is one record."""
-    n_supervised: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-    return nll_by_row(model, batch) / n_supervised.clamp(min=1)
+    return nll_by_row(model, batch) / _n_supervised(batch)
 
 
 def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -49,8 +46,7 @@ def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     logits, wanted, positions = _predictions(model, batch)
     highest, guess = logits.max(dim=-1)
     wrong = ((guess != wanted) | ~highest.isfinite()).float()
-    n_supervised: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-    return _by_row(wrong, positions, batch) / n_supervised.clamp(min=1)
+    return _by_row(wrong, positions, batch) / _n_supervised(batch)
 
 
 def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +58,10 @@ def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, 
     return logits.float(), labels.flatten()[positions + 1], positions
 
 
-def predicting(labels: Tensor) -> Tensor:
-    """Return the positions that predict a supervised token, into the batch flattened, ``(n,)``."""
-    before = F.pad(labels[:, 1:] != IGNORED, (0, 1))
-    return before.flatten().nonzero()[:, 0]
+def _n_supervised(batch: Mapping[str, Any]) -> Tensor:
+    """Return by how many tokens to divide what was summed over each row's supervised ones."""
+    n: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    return n.clamp(min=1)
 
 
 def _by_row(by_token: Tensor, positions: Tensor, batch: Mapping[str, Any]) -> Tensor:
