@@ -91,10 +91,10 @@ class Trunk:
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [tuple(ids[:n]) for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
         states = [self.states.of(self.depth, row, self._made) for row in rows]
-        return nn.utils.rnn.pad_sequence(
-            [*states, states[0].new_zeros(input_ids.shape[1], states[0].shape[1])],
-            batch_first=True,
-        )[:-1]
+        padded = states[0].new_zeros(*input_ids.shape, states[0].shape[1])
+        for row, own in zip(padded, states, strict=True):
+            row[: len(own)] = own
+        return padded
 
     @torch.no_grad()
     def _made(self, row: Row) -> Tensor:
