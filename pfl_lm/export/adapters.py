@@ -29,6 +29,7 @@ from pfl_lm.export.index import (
 )
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.schema import DAMAGED
 from pfl_lm.files import write_atomically
 from pfl_lm.methods import ServerState
 from pfl_lm.model.backbone import Backbone
@@ -104,7 +105,7 @@ def export_adapters(
     except ValidationError:  # names of splits, candidates or reasons that nobody here has given
         raise RunFolderError(
             f"{folder}: its ledger has scores or choices that pfl-lm does not write",
-            hint="the file was damaged or changed; put back a copy of the run folder",
+            hint=DAMAGED,
         ) from None
     write_atomically(folder / NAME, index.text())
     return tuple(results)

@@ -128,6 +128,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
+DAMAGED = "the file was damaged or changed; put back a copy of the run folder"
+"""What to do about a ledger that holds what pfl-lm does not write."""
+
 _STRANGERS = "PRAGMA foreign_key_check"
 _UNFOUNDED = (  # choices without the scores that they were committed with
     "SELECT client FROM choices EXCEPT SELECT client FROM choices "
@@ -149,7 +152,7 @@ def _refuse_others(connection: sqlite3.Connection, path: Path) -> None:
     if not as_ours or any(connection.execute(rows).fetchone() for rows in (_STRANGERS, _UNFOUNDED)):
         raise RunFolderError(
             f"{path}: not a ledger as pfl-lm writes it",
-            hint="the file was damaged or changed; put back a copy of the run folder",
+            hint=DAMAGED,
         )
 
 
@@ -180,5 +183,5 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         raise RunFolderError(
             f"{path}: not a ledger that can be read: {error}",
-            hint="the file was damaged or changed; put back a copy of the run folder",
+            hint=DAMAGED,
         ) from error
