@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,29 @@ import pfl_lm.federation.opening
 import pfl_lm.federation.store
 from pfl_lm.cli.app import app
 from pfl_lm.federation.ledger import Ledger
+from pfl_lm.federation.lock import run_lock
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import load_recipe
 from pfl_lm.resume import has_begun, run_recipe
 from tests.tiny import tiny_recipe
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """Let another process hold a run folder's lock while the body runs; yield its id."""
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run_lock(folder):
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        yield child
+    finally:
+        os.write(done[1], b"x")
+        os.waitpid(child, 0)
 
 
 class Killed(BaseException):

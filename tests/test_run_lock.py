@@ -15,7 +15,7 @@ from pfl_lm.federation.opening import begun
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import load_recipe
 from pfl_lm.resume import has_begun
-from tests.interruptions import cli, go_on, stopped, whole
+from tests.interruptions import cli, go_on, held_by_another, stopped, whole
 from tests.same import check_same, files_in
 from tests.tiny import tiny_recipe
 
@@ -23,15 +23,7 @@ from tests.tiny import tiny_recipe
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     """A fork stands for it: the lock is not this process's own."""
     folder = stopped(tmp_path, 20)
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        with run_lock(folder):
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    try:
+    with held_by_another(folder) as child:
         code, _, said = cli("resume", str(folder))
         assert code == 2
         pattern = (
@@ -40,9 +32,6 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
             r"that was killed holds no lock\n"
         )
         assert re.fullmatch(pattern, said), said
-    finally:
-        os.write(done[1], b"x")
-        os.waitpid(child, 0)
     assert not (folder / "federation.lock").exists()
 
 

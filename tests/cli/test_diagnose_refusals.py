@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from pfl_lm.federation.lock import run_lock
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import load_recipe
 from tests.cli.diagnosed import CSV, ON, change, cli
-from tests.interruptions import whole
+from tests.interruptions import held_by_another, whole
 from tests.tiny import client_rows, tiny_recipe, write_jsonl
 
 
@@ -41,21 +39,10 @@ def test_a_round_that_is_not_there(run: Path) -> None:
 
 
 def test_a_run_that_another_process_is_at(run: Path) -> None:
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        with run_lock(run):
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    try:
+    with held_by_another(run):
         code, _, stderr = cli(run)
         assert code == 2
         assert f"{run}: another process is at work in this run folder" in stderr
-    finally:
-        os.write(done[1], b"x")
-        os.waitpid(child, 0)
     assert not (run / CSV).exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -69,3 +70,12 @@ def deep(levels: int, mapping: bool) -> Any:
     for _ in range(levels):
         value = {"a": value} if mapping else [value]
     return value
+
+
+def workplace(root: Path) -> Path:
+    """Make a folder two levels below ``root`` that has what looks like a model; return it."""
+    work = root / "a" / "work"
+    (work / "model").mkdir(parents=True)
+    (work / "model" / "config.json").write_text("{}")
+    (work / "model" / "model.safetensors").write_bytes(b"")
+    return work

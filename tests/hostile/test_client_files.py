@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.hostile.hostile import names
+from tests.hostile.hostile import names, workplace
 from tests.hostile.watched import Watched, examples, report
 from tests.tiny import tiny_recipe
 
@@ -27,10 +27,7 @@ Maker = Callable[[Path], object]
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """The current folder, with a recipe whose data are the files in `clients/`."""
-    work = tmp_path / "a" / "work"
-    (work / "model").mkdir(parents=True)
-    (work / "model" / "config.json").write_text("{}")
-    (work / "model" / "model.safetensors").write_bytes(b"")
+    work = workplace(tmp_path)
     (tmp_path / "outside.jsonl").write_text('{"text": "DECOY"}\n' * 4)
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "outside.jsonl", tmp_path / "folder" / "x.jsonl")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pfl_lm.recipe.reference import Recipe
 from pfl_lm.recipe.suggest import all_keys
-from tests.hostile.hostile import NAMES, NUMBERS, names, scalars, values
+from tests.hostile.hostile import NAMES, NUMBERS, names, scalars, values, workplace
 from tests.hostile.watched import Watched, examples, report
 from tests.tiny import client_rows, write_jsonl
 
@@ -82,10 +82,7 @@ SNIPPETS = [
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """A folder with a recipe, its data and a model's files, which is the current folder too."""
-    work = tmp_path / "a" / "work"
-    (work / "model").mkdir(parents=True)
-    (work / "model" / "config.json").write_text("{}")
-    (work / "model" / "model.safetensors").write_bytes(b"")
+    work = workplace(tmp_path)
     (tmp_path / "outside").write_text("outside")
     write_jsonl(work / "clients.jsonl", client_rows())
     monkeypatch.chdir(work)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.hostile.hostile import NAMES, names, values
+from tests.hostile.hostile import NAMES, names, values, workplace
 from tests.hostile.watched import Watched, examples, report
 from tests.tiny import client_rows, tiny_recipe
 
@@ -34,10 +34,7 @@ Change = Callable[[Rows], None]
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """A folder with a recipe, which is the current folder too; its data come with each run."""
-    work = tmp_path / "a" / "work"
-    (work / "model").mkdir(parents=True)
-    (work / "model" / "config.json").write_text("{}")
-    (work / "model" / "model.safetensors").write_bytes(b"")
+    work = workplace(tmp_path)
     (tmp_path / "outside").write_text("outside")
     changes = {"data.path": "rows", "backbone.model_name_or_path": "./model"}
     tiny_recipe(work, **{**changes, "runtime.output_dir": "runs"})
