@@ -102,7 +102,7 @@ def client_figures(
     with glance(folder) as ledger:
         about = {} if ledger is None else ledger.about()
     refuse_other_backbone(about, {"backbone": backbone.fingerprint}, folder)
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length)
     seed = derive_seed(recipe.seed, "adapter")
     with closing(Adapter(backbone, recipe.adapter, seed=seed)) as adapter:
         prior = adapter.read()

@@ -142,7 +142,7 @@ def load_common(
     """
     watch.note(f"loading the backbone onto {device}")
     backbone = load_backbone(recipe.backbone, device, watch.note)
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, recipe.data.max_length)
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length)
     _note_cut_rows(dataset, recipe, watch)
     for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
         watch.note(told)
@@ -303,12 +303,16 @@ def _members(
 
 def _note_cut_rows(dataset: FederatedDataset, recipe: Recipe, watch: Watch) -> None:
     counts = [c for client in dataset for c in client.counts.values()]
+    rows, longest = sum(c.rows for c in counts), f"data.max_length {recipe.data.max_length}"
+    if long := sum(c.long for c in counts):
+        watch.note(
+            f"{long} of {rows} train and validation rows are longer than {longest}, and left out"
+        )
     cut, dropped = sum(c.truncated for c in counts), sum(c.dropped for c in counts)
     if cut or dropped:
-        rows = sum(c.rows for c in counts)
         watch.note(
-            f"{cut} of {rows} train and validation rows are cut at data.max_length "
-            f"{recipe.data.max_length}, {dropped} more are dropped: nothing of the answer was left"
+            f"{cut} of {rows} train and validation rows are cut at {longest}, "
+            f"{dropped} more are dropped: nothing of the answer was left"
         )
 
 

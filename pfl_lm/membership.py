@@ -129,7 +129,7 @@ def _refuse_sums(loaded: LoadedRecipe, member: Member, folder: Path) -> None:
 def _dataset(loaded: LoadedRecipe, rows: Mapping[str, ClientRows]) -> FederatedDataset:
     options = loaded.recipe.backbone
     tokenizer = load_tokenizer(find_source(options, lambda text: None), options)
-    return FederatedDataset.build(rows, tokenizer, loaded.recipe.data.max_length)
+    return FederatedDataset.build(rows, tokenizer, *loaded.recipe.data.length)
 
 
 def _remove_export(folder: Path, member: Member) -> None:

@@ -44,11 +44,12 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
     source = find_source(options.backbone, say)
     tokenizer = load_tokenizer(source, options.backbone)
     max_length = options.data.max_length
-    previews = preview_clients(checked.clients, tokenizer, max_length)
+    previews = preview_clients(checked.clients, tokenizer, *options.data.length)
     shown = [each for each in previews if only in (None, each.id)][:MOST_CLIENTS]
     colour = console.color_system is not None
     marks = "underlined" if colour else f"between {BEFORE} and {AFTER}"
-    say(f"data.max_length {max_length}; what is {marks} is supervised: the loss counts it")
+    long = "" if options.data.on_long == "truncate" else f", data.on_long {options.data.on_long}"
+    say(f"data.max_length {max_length}{long}; what is {marks} is supervised: the loss counts it")
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         say(
             f"the padding token is the end token, {tokenizer.eos_token}; padding is masked by its "

@@ -9,7 +9,6 @@ import typer
 
 from pfl_lm.cli.exits import label, plain
 from pfl_lm.data.files import find_files
-from pfl_lm.data.formats import format_of
 from pfl_lm.preflight import Checked, check_recipe
 from pfl_lm.recipe.privacy import loose_deltas
 
@@ -57,7 +56,7 @@ def _data(checked: Checked) -> str:
     """Say the format of the rows, how it is known, and how many files they are in."""
     options = checked.loaded.recipe.data
     files = find_files(options.path)
-    format = format_of(next(iter(checked.clients.values())).train[0].content)
+    format = next(iter(checked.clients.values())).train[0].format
     known = "told by its columns" if options.format == "auto" else "as data.format says"
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     return f"{format}, {known}, from {count} of {files[0].kind.name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Format = Literal["prompt_completion", "messages", "text"]
+Format = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
 Role = Literal["system", "user", "assistant"]
 
 

@@ -24,19 +24,23 @@ from pfl_lm.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OnLong = Literal["truncate", "drop", "error"]
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """What became of the rows of one client and split.
 
-    ``kept`` rows have a supervised token, and ``truncated`` of them lost their end to max_length;
-    ``dropped`` rows lost all supervised tokens.
+    ``kept`` rows are there to learn from, and ``truncated`` of them lost their end to max_length.
+    Of the others, ``long`` were left out because they are longer; the rest, ``dropped``, lost all
+    supervised tokens.
     """
 
     rows: int
     kept: int
     truncated: int
     dropped: int
+    long: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +72,14 @@ class FederatedDataset:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
+        on_long: OnLong = "truncate",
         plain_text: bool = False,
     ) -> None:
         self.plain_text = plain_text
         self._clients = clients
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._on_long = on_long
 
     @classmethod
     def build(
@@ -81,38 +87,40 @@ class FederatedDataset:
         records_by_client: Mapping[str, ClientRows],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        on_long: OnLong = "truncate",
     ) -> FederatedDataset:
-        """Tokenize every client's train and validation rows, cut to ``max_length`` tokens.
+        """Tokenize every client's train and validation rows, none longer than ``max_length``.
 
         Raises:
             ModelError: the tokenizer has no chat template (for texts: no end-of-text token), or is
                 not a fast one.
-            DataError: the template cannot write a row, or no train (or validation) row of a client
-                keeps a supervised token; all such clients are named.
+            DataError: the template cannot write a row, rows are longer and ``on_long`` says error,
+                or no train (or validation) row of a client is left; all of them are named.
         """
         # Before any row; texts are written without a template.
         contents = [row.content for rows in records_by_client.values() for row in rows.train]
         plain_text = bool(contents) and all(isinstance(content, Text) for content in contents)
         if not plain_text:
             check_tokenizer(tokenizer)
+        if on_long == "error":
+            _refuse_long(records_by_client, tokenizer, max_length)
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
-            train, n_train = _tokenize(rows.train, tokenizer, max_length)
-            validation, n_validation = _tokenize(rows.validation, tokenizer, max_length)
+            train, n_train = _tokenize(rows.train, tokenizer, max_length, on_long)
+            validation, n_validation = _tokenize(rows.validation, tokenizer, max_length, on_long)
             counts: dict[Literal["train", "validation"], Counts]
             counts = {"train": n_train, "validation": n_validation}
             clients[client_id] = ClientData(client_id, train, validation, rows.test, counts)
             for split, count in counts.items():
                 if not count.kept:
                     problems.add(
-                        f"client {short(client_id)}: 0 of {count.rows} {split} rows keep a "
-                        f"supervised token at max_length {max_length}"
+                        f"client {short(client_id)}: {_none_left(count, split, max_length)}"
                     )
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
         )
-        return cls(clients, tokenizer, max_length, plain_text=plain_text)
+        return cls(clients, tokenizer, max_length, on_long=on_long, plain_text=plain_text)
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -146,30 +154,66 @@ class FederatedDataset:
         Raises:
             DataError: the chat template cannot write a row.
         """
-        examples, _ = _tokenize(self[client_id].test_rows, self._tokenizer, self._max_length)
-        return examples
+        return self._test(client_id)[0]
 
     def counts(self, client_id: str, split: Literal["train", "validation", "test"]) -> Counts:
         """Return what became of a client's rows; for ``test`` this tokenizes them."""
         client = self[client_id]
         if split == "test":
-            return _tokenize(client.test_rows, self._tokenizer, self._max_length)[1]
+            return self._test(client_id)[1]
         return client.counts[split]
+
+    def _test(self, client_id: str) -> tuple[tuple[Example, ...], Counts]:
+        rows = self[client_id].test_rows
+        return _tokenize(rows, self._tokenizer, self._max_length, self._on_long)
 
 
 def _tokenize(
-    rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long: OnLong
 ) -> tuple[tuple[Example, ...], Counts]:
     kept: list[Example] = []
-    truncated = 0
+    truncated = long = 0
     for row in rows:
-        try:
-            whole = render(tokenizer, row.content)
-        except DataError as error:
-            where = f"{row.place} (client {short(row.client)})"
-            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        whole = _rendered(tokenizer, row)
+        is_long = len(whole.input_ids) > max_length
+        if is_long and on_long == "drop":
+            long += 1
+            continue
         example = whole.cut(max_length)
         if example.n_supervised:
             kept.append(example)
-            truncated += len(whole.input_ids) > max_length
-    return tuple(kept), Counts(len(rows), len(kept), truncated, len(rows) - len(kept))
+            truncated += is_long
+    dropped = len(rows) - len(kept) - long
+    return tuple(kept), Counts(len(rows), len(kept), truncated, dropped, long)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, row: Record) -> Example:
+    try:
+        return render(tokenizer, row.content)
+    except DataError as error:
+        where = f"{row.place} (client {short(row.client)})"
+        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _refuse_long(
+    records_by_client: Mapping[str, ClientRows],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> None:
+    """Name every row that is too long, test rows too: at the end it would be too late."""
+    problems = Problems()
+    for client_id, rows in sorted(records_by_client.items()):
+        for row in (*rows.train, *rows.validation, *rows.test):
+            n = len(_rendered(tokenizer, row).input_ids)
+            if n > max_length:
+                problems.add(f"{row.place} (client {short(client_id)}): {n} tokens")
+    problems.raise_if_any(
+        f"data.on_long is error, data.max_length {max_length}, and some rows are longer",
+        hint="raise data.max_length, or set data.on_long: truncate, or drop",
+    )
+
+
+def _none_left(count: Counts, split: str, max_length: int) -> str:
+    if count.long == count.rows:
+        return f"all {count.rows} {split} rows are longer than max_length {max_length}, and dropped"
+    return f"0 of {count.rows} {split} rows keep a supervised token at max_length {max_length}"

@@ -7,14 +7,14 @@ the same if their tokens are. No torch here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
 from pfl_lm.data.examples import Example
-from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.federated import FederatedDataset, OnLong
 from pfl_lm.data.splits import ClientRows
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _WHOLE = 2**62
 """A length that no example has."""
 
 Tokens = tuple[int, ...]
+Kept = Callable[[Example], Example | None]
+"""What an example becomes at its longest; None if it is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class SplitPreview:
     """The rows of one split.
 
     Attributes:
-        cut: rows that lose their end at ``max_length``, but not all supervised tokens.
-        dropped: rows of which no supervised token is left.
+        cut: rows that are longer than ``max_length``, and keep a supervised token if they are cut.
+        dropped: rows of which no supervised token is left, or that are left out for their length.
         twice: rows that stand in this split already.
     """
 
@@ -88,9 +90,14 @@ class ClientPreview:
 
 
 def preview_clients(
-    rows_by_client: Mapping[str, ClientRows], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows_by_client: Mapping[str, ClientRows],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_long: OnLong = "truncate",
 ) -> list[ClientPreview]:
     """Tokenize all rows and look at each client, in the order of their ids.
+
+    Where longer rows would be an error, they are shown as cut.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
@@ -110,10 +117,15 @@ def preview_clients(
         for splits in examples.values()
         for row in {example.input_ids for example in splits["train"]}
     )
+
+    def kept(example: Example) -> Example | None:
+        left_out = on_long == "drop" and len(example.input_ids) > max_length
+        return None if left_out else example.cut(max_length)
+
     previews = []
     for client, splits in examples.items():
         n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
-        previews.append(_client(client, splits, n_rows, owners, tokenizer, max_length))
+        previews.append(_client(client, splits, n_rows, owners, tokenizer, kept))
     return previews
 
 
@@ -123,16 +135,16 @@ def _client(
     n_rows: Mapping[str, int],
     owners: Counter[Tokens],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    kept: Kept,
 ) -> ClientPreview:
     everything = [example for examples in splits.values() for example in examples]
     different = {name: {e.input_ids for e in examples} for name, examples in splits.items()}
     held_out = different["validation"] | different["test"]
-    shown = next((e for e in splits["train"] if e.cut(max_length).n_supervised), None)
-    is_cut = shown is not None and len(shown.input_ids) > max_length
+    learnt = ((e, kept(e)) for e in splits["train"])
+    whole, shown = next(((e, cut) for e, cut in learnt if cut and cut.n_supervised), (None, None))
     return ClientPreview(
         id=client,
-        splits={name: _split(n_rows[name], splits[name], max_length) for name in splits},
+        splits={name: _split(n_rows[name], splits[name], kept) for name in splits},
         tokens=Spread.of([len(example.input_ids) for example in everything]),
         supervised=Spread.of([example.n_supervised for example in everything]),
         across={
@@ -141,17 +153,17 @@ def _client(
             if different[a] & different[b]
         },
         elsewhere=sum(owners[row] > (row in different["train"]) for row in held_out),
-        example=() if shown is None else tuple(pieces(shown.cut(max_length), tokenizer)),
-        example_cut_from=len(shown.input_ids) if shown is not None and is_cut else None,
+        example=() if shown is None else tuple(pieces(shown, tokenizer)),
+        example_cut_from=None if whole == shown or whole is None else len(whole.input_ids),
     )
 
 
-def _split(n_rows: int, examples: Sequence[Example], max_length: int) -> SplitPreview:
-    kept = [example for example in examples if example.cut(max_length).n_supervised]
+def _split(n_rows: int, examples: Sequence[Example], kept: Kept) -> SplitPreview:
+    learnt = [(whole, cut) for whole in examples if (cut := kept(whole)) and cut.n_supervised]
     return SplitPreview(
         rows=n_rows,
-        cut=sum(len(example.input_ids) > max_length for example in kept),
-        dropped=n_rows - len(kept),
+        cut=sum(whole != cut for whole, cut in learnt),
+        dropped=n_rows - len(learnt),
         twice=len(examples) - len({example.input_ids for example in examples}),
     )
 

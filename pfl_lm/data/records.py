@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from pfl_lm.data.content import Content
+from pfl_lm.data.content import Content, Format
 
 Split = Literal["train", "validation", "test"]
 Unit = Literal["line", "row"]
@@ -19,7 +19,7 @@ class Record:
 
     ``line`` counts from 1 what the file consists of, its ``unit``: lines of JSON Lines, blank ones
     too; rows of CSV, of which the header is the first; rows of Parquet. Rows of a client with the
-    same ``group`` belong together.
+    same ``group`` belong together. ``format`` is the one it was read in.
     """
 
     client: str
@@ -28,6 +28,7 @@ class Record:
     line: int
     unit: Unit = "line"
     group: str | None = None
+    format: Format | None = field(default=None, compare=False)
 
     @property
     def place(self) -> str:

@@ -58,6 +58,7 @@ class RowReader:
             line=row.number,
             unit=row.file.kind.unit,
             group=self._group(cells),
+            format=self._format,
         )
         self._missing.update(cells.missing.items())
         return cells.faults or record
@@ -71,7 +72,10 @@ class RowReader:
             if count == self._n_rows
         ]
         if self._format is None and self._n_rows:
-            sentences.append(f"no row has the columns of a format: {ANY_SAID}. {there}")
+            sentences.append(
+                f"no row has the columns of a format: {ANY_SAID}. {there}. "
+                "data.columns can rename them"
+            )
         return sentences
 
     def split_nobody_reads(self) -> str | None:

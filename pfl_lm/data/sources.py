@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pfl_lm.data.columns import renamed
 from pfl_lm.data.content import Format
 from pfl_lm.data.files import DataFile, RawRow, find_files
 from pfl_lm.data.formats import ANY_SAID, COLUMNS_SAID, first_column, formats_of
@@ -39,7 +40,7 @@ def read_records(options: DataOptions, only: str | None = None) -> list[Record]:
     files = find_files(path)
     if only is not None:
         files = [replace(file, client=only) for file in files]
-    rows = [row for file in files for row in file.rows()]
+    rows = renamed(path, [row for file in files for row in file.rows()], options.columns)
     format = _detect(path, rows) if options.format == "auto" else options.format
     hint = _what_is_read(files, format)
     reader = RowReader(options, format)

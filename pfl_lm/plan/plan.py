@@ -92,7 +92,7 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     with torch.device("meta"):
         adapter = Adapter(backbone, recipe.adapter, seed=0)
-    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, recipe.data.max_length)
+    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, *recipe.data.length)
     process = process_bytes()  # before the rehearsal, which a run does not need
 
     layout = adapter.layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,7 @@ from pydantic import (
     PlainSerializer,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
@@ -163,8 +165,14 @@ class DataOptions(Options):
         "file for each client, named for it.",
         examples=["clients.jsonl"],
     )
-    format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
+    format: Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "text"] = Field(
         default="auto", description="What an example consists of; auto: told by the columns."
+    )
+    columns: dict[Text, Text] = Field(
+        default={},
+        description="Columns to be read under another name, `theirs: ours`, such as "
+        "`{question: prompt, answer: completion}`.",
+        examples=[{"question": "prompt"}],
     )
     client_column: Text = Field(
         default="client",
@@ -187,6 +195,11 @@ class DataOptions(Options):
     max_length: int = Field(
         default=512, ge=8, le=1_000_000, description="Longest example, in tokens."
     )
+    on_long: Literal["truncate", "drop", "error"] = Field(
+        default="truncate",
+        description="What becomes of a longer one: it loses its end, or is left out, or nothing "
+        "runs; how many there are is said.",
+    )
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
@@ -197,6 +210,20 @@ class DataOptions(Options):
         if self.group_column is not None and self.group_column == self.split_column:
             raise broken("must not be the same column as `data.split_column`", "group_column")
         return self
+
+    @property
+    def length(self) -> tuple[int, Literal["truncate", "drop", "error"]]:
+        """The most tokens of an example, and what becomes of a longer one."""
+        return self.max_length, self.on_long
+
+    @field_validator("columns")
+    @classmethod
+    def _one_name_each(cls, columns: dict[str, str]) -> dict[str, str]:
+        twice = [name for name, n in Counter(columns.values()).items() if n > 1]
+        if twice:
+            theirs = [column for column, name in columns.items() if name == twice[0]]
+            raise broken(f"{show(theirs[0])} and {show(theirs[1])} cannot both be {show(twice[0])}")
+        return columns
 
 
 class FederationOptions(Options):

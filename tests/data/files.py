@@ -1,7 +1,7 @@
 """Files of rows, and what is said about them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,13 @@ FORMAT = (
     "the file is JSON Lines in UTF-8: one object a line, with the client column, `prompt` and "
     "`completion` (or `response`)"
 )
+FORMATS = (
+    "`prompt` and `completion` (or `response`), `messages`, `instruction` and `output` (and "
+    "perhaps `input`), `conversations`, or `text`"
+)
 ANY_FORMAT = (
-    "the file is JSON Lines in UTF-8: one object a line, with the client column, and with `prompt` "
-    "and `completion` (or `response`), `messages`, or `text`"
+    "the file is JSON Lines in UTF-8: one object a line, with the client column, and with "
+    f"{FORMATS}"
 )
 GOOD = {"client": "a", "prompt": "p", "completion": "c"}
 
@@ -27,6 +31,7 @@ class Options:
     split_column: str | None = None
     format: str = "auto"
     group_column: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:
@@ -38,6 +43,11 @@ def write(folder: Path, *lines: bytes | str | dict) -> Options:
 
 def _text(line: str | dict) -> str:
     return line if isinstance(line, str) else json.dumps(line)
+
+
+def no_format(columns: str) -> str:
+    there = f"Columns there: {columns}. data.columns can rename them"
+    return f"no row has the columns of a format: {FORMATS}. {there}"
 
 
 def refusal(options: Options) -> DataError:

@@ -9,10 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pfl_lm.data.content import Conversation, Text
+from pfl_lm.data.content import Conversation, PromptCompletion, Text
+from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.records import Record
 from pfl_lm.data.render import render
 from pfl_lm.data.sources import read_records
-from pfl_lm.data.splits import split_clients
+from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError
 from tests.data.files import GOOD, Options, write
 from tests.data.templates import TOKENIZERS
@@ -27,6 +29,7 @@ MESSAGES = [
 ]
 TEXT = {"client": "a", "text": "x"}
 SPLIT = {"split_column": "split"}
+HUMAN = {"from": "human", "value": "Hi"}
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
 
@@ -47,7 +50,8 @@ def test_every_example_is_a_row(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    ("i", "names"), [(0, ["chatml"]), (1, ["chatml"]), (2, ["llama-3", "chatml"])]
+    ("i", "names"),
+    [*((i, ["chatml"]) for i in range(4)), (4, ["llama-3", "chatml"])],
 )
 def test_what_is_underlined_is_what_is_learnt(tmp_path, i, names):
     block = re.findall(r"```\n([^`]*~[^`]*)```", PAGE)[i]
@@ -57,7 +61,7 @@ def test_what_is_underlined_is_what_is_learnt(tmp_path, i, names):
         tokenizer = TOKENIZERS[name]
         example = render(tokenizer, record.content)
         said += [tokenizer.decode(example.input_ids[i:j]) for i, j in example.spans]
-    if i == 2:  # the small tokenizers write "It" as two tokens
+    if i == 4:  # the small tokenizers write "It" as two tokens
         assert [underlined(block)[0], f"t{underlined(block)[1]}"] == said
     else:
         assert underlined(block) == said
@@ -81,6 +85,9 @@ LINES = [
     ([GOOD, {"client": "a", "completion": "c"}], {}),
     ([TEXT], {"client_column": "speaker"}),
     ([{"client": "a", "body": "x"}], {}),
+    ([{"client": "a", "body": "x"}], {"columns": {"boddy": "text"}}),
+    ([TEXT | {"body": "x"}], {"columns": {"body": "text"}}),
+    ([{"client": "a", "conversations": [HUMAN, {"from": "bot", "value": "x"}]}], {}),
     ([GOOD | TEXT], {}),
     ([GOOD | {"response": "c"}], {}),
     ([TEXT | {"text": ""}, TEXT | {"text": None}], {}),
@@ -119,6 +126,7 @@ def folders(tmp_path):
 
 def test_every_message_is_given(tmp_path):
     given = [str(template_refusal()), str(tokenizer_refusal())]
+    given += [str(too_long("error")), str(too_long("drop"))]
     for rows, settings in LINES:
         options = write(tmp_path, *rows)
         vars(options).update(settings)
@@ -146,6 +154,14 @@ def bomb(tmp_path):
 def template_refusal():
     with pytest.raises(PflError) as caught:
         render(make_tokenizer(FORGETFUL), Conversation(turns(*TALK)))
+    return caught.value
+
+
+def too_long(on_long):
+    row = Record("a", "train", PromptCompletion("p", "c" * 30), 1)
+    rows = {"a": ClientRows((row,), (row,), ())}
+    with pytest.raises(PflError) as caught:
+        FederatedDataset.build(rows, make_tokenizer(), 60, on_long)
     return caught.value
 
 

@@ -194,3 +194,44 @@ def test_a_row_of_a_table_is_named_as_such():
     with pytest.raises(DataError) as caught:
         FederatedDataset.build({"a": part}, tokenizer, 64)
     assert caught.value.message == "row 3 (client 'a'): the chat template refuses this row: no"
+
+
+def mixed(tokenizer):
+    """Rows of which some are longer than the limit, and the limit."""
+    limit = prefix_length(tokenizer) + 5
+    data = {
+        "a": ClientRows(rows("a", "four", "far too long"), rows("a", "xyz"), rows("a", "x" * 9))
+    }
+    return data, limit
+
+
+def test_rows_that_are_too_long_can_be_left_out(tiny_tokenizer, decoded):
+    data, limit = mixed(tiny_tokenizer)
+    dataset = FederatedDataset.build(data, tiny_tokenizer, limit, "drop")
+    assert decoded(dataset.train("a")) == ["four<|im_end|>"]
+    assert dataset.counts("a", "train") == Counts(rows=2, kept=1, truncated=0, dropped=0, long=1)
+    assert dataset.test("a") == ()
+    assert dataset.counts("a", "test") == Counts(rows=1, kept=0, truncated=0, dropped=0, long=1)
+
+
+def test_a_client_whose_rows_are_all_left_out_is_named(tiny_tokenizer):
+    data, limit = mixed(tiny_tokenizer)
+    data["a"] = ClientRows(data["a"].train, data["a"].test, ())
+    with pytest.raises(DataError) as caught:
+        FederatedDataset.build(data, tiny_tokenizer, limit, "drop")
+    expected = f"client 'a': all 1 validation rows are longer than max_length {limit}, and dropped"
+    assert expected in caught.value.message
+
+
+def test_rows_that_are_too_long_can_be_an_error(tiny_tokenizer):
+    data, limit = mixed(tiny_tokenizer)
+    with pytest.raises(DataError) as caught:
+        FederatedDataset.build(data, tiny_tokenizer, limit, "error")
+    long, test = length(tiny_tokenizer, "far too long"), length(tiny_tokenizer, "x" * 9)
+    assert caught.value.message.splitlines() == [
+        f"data.on_long is error, data.max_length {limit}, and some rows are longer: 2 problems",
+        f"  line 2 (client 'a'): {long} tokens",
+        f"  line 1 (client 'a'): {test} tokens",
+    ]
+    whole = FederatedDataset.build(data, tiny_tokenizer, long, "error")
+    assert whole.counts("a", "train").truncated == 0

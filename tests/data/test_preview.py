@@ -30,8 +30,10 @@ def clients(tmp_path: Any) -> Any:
 def preview(clients: Any, tiny_tokenizer: Any) -> Any:
     """Return a function from rows to their previews by client."""
 
-    def of(rows: list[dict[str, str]], max_length: int = 128) -> dict[str, ClientPreview]:
-        previews = preview_clients(clients(rows), tiny_tokenizer, max_length)
+    def of(
+        rows: list[dict[str, str]], max_length: int = 128, on_long: Any = "truncate"
+    ) -> dict[str, ClientPreview]:
+        previews = preview_clients(clients(rows), tiny_tokenizer, max_length, on_long)
         return {each.id: each for each in previews}
 
     return of
@@ -151,3 +153,16 @@ def test_a_client_may_have_nothing_left_to_show(preview: Any) -> None:
     a = preview([row("a", f"{i}" + LONG) for i in range(6)])["a"]
     assert a.example == ()
     assert sum(split.dropped for split in a.splits.values()) == 6
+
+
+def test_rows_that_are_left_out_for_their_length_are_dropped(preview: Any, render: Any) -> None:
+    rows = [row("a", "Hi"), row("a", "Hi", "validation"), row("a", "Hi", answer="no " * 50)]
+    longest = len(render("Hi", "yes").input_ids)
+    [cut, dropped] = (preview(rows[::-1], longest, what)["a"] for what in ("truncate", "drop"))
+    assert [(e.cut, e.dropped) for e in (cut.splits["train"], dropped.splits["train"])] == [
+        (1, 0),
+        (0, 1),
+    ]
+    assert cut.example_cut_from == len(render("Hi", "no " * 50).input_ids)
+    assert dropped.example_cut_from is None
+    assert "yes<|im_end|>" in [piece.text for piece in dropped.example]

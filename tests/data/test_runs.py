@@ -36,6 +36,43 @@ def passages(folder: Path) -> Path:
     return path
 
 
+def dolly(folder: Path) -> Path:
+    """Rows under other names, the last of each client longer than the limit."""
+    path = folder / "dolly.jsonl"
+    rows = [
+        {"who": c, "instruction": f"{c} {i}", "context": "", "response": "x" * (1 + 200 * (i == 5))}
+        for c in CLIENTS
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_on_renamed_columns_without_the_long_rows(tmp_path):
+    from pfl_lm.federation.watch import Watch
+    from pfl_lm.finetune import finetune
+
+    class Notes(Watch):
+        def __init__(self):
+            self.notes = []
+
+        def note(self, text):
+            self.notes.append(text)
+
+    data = {
+        "data.path": str(dolly(tmp_path)),
+        "data.columns": {"who": "client", "context": "input", "response": "output"},
+        "data.split_column": None,
+        "data.on_long": "drop",
+        "data.max_length": 100,
+    }
+    watch = Notes()
+    result = finetune(load_recipe(tiny_recipe(tmp_path, **data)), watch)
+    expected = "2 of 12 train and validation rows are longer than data.max_length 100, and left out"
+    assert expected in watch.notes
+    assert [client.client for client in result.clients] == list(CLIENTS)
+
+
 @pytest.mark.parametrize(("make", "group"), [(conversations, None), (passages, "doc")])
 def test_a_run_ends_with_an_adapter_for_each_client(tmp_path, make, group):
     from pfl_lm.finetune import finetune

@@ -9,7 +9,7 @@ import pytest
 from pfl_lm.data import jsonlines
 from pfl_lm.data.content import PromptCompletion
 from pfl_lm.data.sources import Record, read_records
-from tests.data.files import ANY_FORMAT, FORMAT, GOOD, Options, problems, refusal, write
+from tests.data.files import ANY_FORMAT, FORMAT, GOOD, Options, no_format, problems, refusal, write
 
 
 def test_rows_are_read_in_file_order_with_their_line(tmp_path):
@@ -108,10 +108,7 @@ def test_columns_of_another_format_are_listed(tmp_path):
     row = {"client": "a", "body": "x", **{f"column_{i}": i for i in range(20)}}
     options = write(tmp_path, row, row)
     columns = ", ".join(["'client'", "'body'", *[f"'column_{i}'" for i in range(10)]])
-    assert problems(options) == [
-        "no row has the columns of a format: `prompt` and `completion` (or `response`), "
-        f"`messages`, or `text`. Columns there: {columns} and 10 more"
-    ]
+    assert problems(options) == [no_format(f"{columns} and 10 more")]
     assert refusal(options).hint == ANY_FORMAT
     options.format = "prompt_completion"
     first, second = problems(options)

@@ -11,7 +11,7 @@ import pytest
 from pfl_lm.data import jsonlines
 from pfl_lm.data.content import Conversation, PromptCompletion, Text, Turn
 from pfl_lm.data.sources import Record, read_records
-from tests.data.files import Options, problems, refusal
+from tests.data.files import Options, no_format, problems, refusal
 
 CSV_HINT = (
     "the file is CSV in UTF-8: a header, then rows of cells set off by commas, with the client "
@@ -103,8 +103,7 @@ def test_other_separators_show_in_the_columns(tmp_path):
     assert problems(write_csv(tmp_path, "client;text", "a;b")) == [
         "no row has the column 'client' that data.client_column names. Columns there: "
         "'client;text'",
-        "no row has the columns of a format: `prompt` and `completion` (or `response`), "
-        "`messages`, or `text`. Columns there: 'client;text'",
+        no_format("'client;text'"),
     ]
 
 

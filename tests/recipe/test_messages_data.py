@@ -58,9 +58,21 @@ def test_columns_must_differ(tmp_path: Path) -> None:
         ),
         (
             ("data.format=mesages",),
-            "must be one of auto, prompt_completion, messages, text, got 'mesages'. "
-            "Did you mean `messages`?",
+            "must be one of auto, prompt_completion, messages, alpaca, sharegpt, text, got "
+            "'mesages'. Did you mean `messages`?",
         ),
+        (
+            ("data.columns={a: text, b: text}",),
+            "'a' and 'b' cannot both be 'text'",
+        ),
+        (("data.columns={a: 1}",), "data.columns.a: expected text, got 1; put it in quotes"),
+        (("data.columns={a: ''}",), "data.columns.a: must not be empty"),
+        (
+            ("data.columns=[a]",),
+            "got a list, expected a mapping such as `columns: {question: prompt}`",
+        ),
+        (("data.on_long=cut",), "must be one of truncate, drop, error, got 'cut'"),
+        (("data.truncation=true",), "unknown key. Did you mean `data.on_long`?"),
         (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
         (("data.dataset_format=text",), "unknown key. Did you mean `data.format`?"),
     ],
