@@ -191,7 +191,7 @@ def rows_of_one(loaded: LoadedRecipe, client: str, path: Path) -> dict[str, Clie
     Raises:
         DataError: the file cannot be used, or holds rows of somebody else.
     """
-    data = loaded.recipe.data.model_copy(update={"path": str(path)})
+    data = loaded.recipe.data.model_copy(update={"path": str(path), "partition": None})
     rows = split_clients(read_records(data, only=client), data.validation_fraction)
     if strangers := sorted(rows.keys() - {client}):
         raise DataError(

@@ -59,4 +59,5 @@ def _data(checked: Checked) -> str:
     format = next(iter(checked.clients.values())).train[0].format
     known = "told by its columns" if options.format == "auto" else "as data.format says"
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return f"{format}, {known}, from {count} of {files[0].kind.name}"
+    made = "" if options.partition is None else f"; clients by {options.partition.name}"
+    return f"{format}, {known}, from {count} of {files[0].kind.name}{made}"

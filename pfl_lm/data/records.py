@@ -19,7 +19,8 @@ class Record:
 
     ``line`` counts from 1 what the file consists of, its ``unit``: lines of JSON Lines, blank ones
     too; rows of CSV, of which the header is the first; rows of Parquet. Rows of a client with the
-    same ``group`` belong together. ``format`` is the one it was read in.
+    same ``group`` belong together. ``label`` is what ``data.partition`` tells rows apart by, and
+    ``format`` the one it was read in.
     """
 
     client: str
@@ -28,6 +29,7 @@ class Record:
     line: int
     unit: Unit = "line"
     group: str | None = None
+    label: str | None = field(default=None, compare=False)
     format: Format | None = field(default=None, compare=False)
 
     @property

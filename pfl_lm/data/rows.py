@@ -58,6 +58,7 @@ class RowReader:
             line=row.number,
             unit=row.file.kind.unit,
             group=self._group(cells),
+            label=self._label(cells),
             format=self._format,
         )
         self._missing.update(cells.missing.items())
@@ -88,6 +89,8 @@ class RowReader:
         )
 
     def _client(self, row: RawRow, cells: Cells) -> str:
+        if self._options.partition is not None:
+            return ""
         column = self._options.client_column
         if row.file.client is not None and column not in cells.columns:
             return row.file.client
@@ -137,6 +140,16 @@ class RowReader:
         if column is None:
             return None
         return cells.identifier(column, "group", _named(column, "group"))
+
+    def _label(self, cells: Cells) -> str | None:
+        partition = self._options.partition
+        if partition is None or not partition.columns:
+            return None
+        called = "the column {!r} that data.partition.partition_by names"
+        values = [
+            cells.identifier(column, "part", called.format(column)) for column in partition.columns
+        ]
+        return ":".join(values)
 
 
 def _named(column: str, role: str) -> str:

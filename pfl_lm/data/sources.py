@@ -15,6 +15,7 @@ from pfl_lm.data.columns import renamed
 from pfl_lm.data.content import Format
 from pfl_lm.data.files import DataFile, RawRow, find_files
 from pfl_lm.data.formats import ANY_SAID, COLUMNS_SAID, first_column, formats_of
+from pfl_lm.data.partition import partitioned
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import SPLITS, Record, Split
 from pfl_lm.data.rows import RowReader
@@ -38,6 +39,11 @@ def read_records(options: DataOptions, only: str | None = None) -> list[Record]:
     """
     path = options.path
     files = find_files(path)
+    if options.partition is not None and files[0].client is not None:
+        raise DataError(
+            f"{path}: a folder has a file for each client already, and data.partition makes others",
+            hint="leave data.partition out, or put the rows into one file",
+        )
     if only is not None:
         files = [replace(file, client=only) for file in files]
     rows = renamed(path, [row for file in files for row in file.rows()], options.columns)
@@ -58,6 +64,8 @@ def read_records(options: DataOptions, only: str | None = None) -> list[Record]:
     problems.raise_if_any(path, hint=hint)
     if not records:
         raise DataError(f"{path}: there are no rows in it.", hint=hint)
+    if options.partition is not None:
+        records = partitioned(path, records, options.partition)
     _check_clients(path, records)
     return records
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from pfl_lm.recipe.options import MOST, Options, broken
+from pfl_lm.recipe.partition import PartitionOptions
 from pfl_lm.recipe.scalars import brief, show
 
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
@@ -178,6 +179,11 @@ class DataOptions(Options):
         default="client",
         description="Column that says whose example it is; a folder of files needs none.",
     )
+    partition: PartitionOptions | None = Field(
+        default=None,
+        description="Makes clients out of rows that name none, in place of `client_column`.",
+        examples=[{"name": "iid", "num_partitions": 10}],
+    )
     split_column: Text | None = Field(
         default=None, description="Column that says train, validation or test, if there is one."
     )
@@ -203,6 +209,8 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
+        if self.partition is not None and self.client_column != "client":
+            raise broken("must be left out: `data.client_column` names the clients", "partition")
         if self.split_column == self.client_column:
             raise broken("must not be the same column as `data.client_column`", "split_column")
         if self.group_column == self.client_column:

@@ -29,6 +29,7 @@ _SYNONYMS = {
     "data.path": ("dataset", "file", "data_path", "data_files", "train_file"),
     "data.format": ("data_format", "dataset_format", "dataset_type"),
     "data.columns": ("rename", "rename_columns", "column_mapping", "field_names"),
+    "data.partition": ("partitioner", "partitioning", "heterogeneity", "split_clients"),
     "data.on_long": ("truncation", "long_rows", "excess_length_strategy", "overflow"),
     "data.client_column": ("client", "client_id", "client_key"),
     "data.split_column": ("split",),

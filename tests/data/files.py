@@ -8,6 +8,7 @@ import pytest
 
 from pfl_lm.data.sources import read_records
 from pfl_lm.errors import DataError
+from pfl_lm.recipe.partition import PartitionOptions
 
 FORMAT = (
     "the file is JSON Lines in UTF-8: one object a line, with the client column, `prompt` and "
@@ -32,6 +33,7 @@ class Options:
     format: str = "auto"
     group_column: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    partition: PartitionOptions | None = None
 
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:

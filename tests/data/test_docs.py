@@ -16,6 +16,7 @@ from pfl_lm.data.render import render
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
 from pfl_lm.errors import PflError
+from pfl_lm.recipe.partition import PartitionOptions
 from tests.data.files import GOOD, Options, write
 from tests.data.templates import TOKENIZERS
 from tests.data.test_turns import FORGETFUL, TALK, turns
@@ -98,6 +99,8 @@ LINES = [
     ([TEXT, TEXT | {"client": None}], {}),
     ([TEXT | {"client": "x" * 10_001}], {}),
     ([talk(*[ASK, SAY] * 501)], {}),
+    ([TEXT], {"partition": PartitionOptions(name="natural_id", partition_by="topic")}),
+    ([TEXT], {"partition": PartitionOptions(name="iid", num_partitions=10)}),
     ([TEXT | {"client": 1}, TEXT | {"client": "1"}], {}),
     ([side("dev")], SPLIT),
     ([side("train"), side("test")], {}),
@@ -136,6 +139,8 @@ def test_every_message_is_given(tmp_path):
         given.append(refused(Options(str(tmp_path / "rows.csv"))))
     given.append(refused(Options(str(bomb(tmp_path)))))
     given += [refused(Options(str(folder))) for folder in folders(tmp_path)]
+    one = PartitionOptions(name="iid", num_partitions=1)
+    given.append(refused(Options(str(tmp_path / "other"), partition=one)))
     assert len(MESSAGES) > 30
     # With "a.jsonl" and "a.json" of one kind there, the kinds are named by the first of each.
     told = "\n".join(given).replace("('a.json')", "('a.jsonl')")

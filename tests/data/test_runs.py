@@ -48,6 +48,23 @@ def dolly(folder: Path) -> Path:
     return path
 
 
+def test_a_run_on_clients_made_out_of_rows_can_be_gone_on_with(tmp_path):
+    from pfl_lm.finetune import finetune
+    from pfl_lm.resume import run_recipe
+
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{c} says {i}", "who": c} for c in CLIENTS for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partition = {"name": "dirichlet", "num_partitions": 3, "partition_by": "who", "alpha": 9.0}
+    data = {"data.path": str(path), "data.partition": partition, "data.split_column": None}
+    data = {**data, "data.client_column": "client"}
+    result = finetune(load_recipe(tiny_recipe(tmp_path, **data)))
+    names = [f"client-{i}" for i in range(3)]
+    assert [client.client for client in result.clients] == names
+    longer = finetune(run_recipe(result.folder, rounds=3), resume=True)
+    assert [client.client for client in longer.clients] == names
+
+
 def test_a_run_on_renamed_columns_without_the_long_rows(tmp_path):
     from pfl_lm.federation.watch import Watch
     from pfl_lm.finetune import finetune

@@ -71,6 +71,32 @@ def test_columns_must_differ(tmp_path: Path) -> None:
             ("data.columns=[a]",),
             "got a list, expected a mapping such as `columns: {question: prompt}`",
         ),
+        (
+            ("data.partition={name: dirichlet, num_partitions: 3, partition_by: x}",),
+            "data.partition.alpha: `dirichlet` needs it, for example `alpha: 0.5`",
+        ),
+        (
+            ("data.partition={name: iid, num_partitions: 3, alpha: 1.0}",),
+            "data.partition.alpha: is an option of dirichlet, not of iid",
+        ),
+        (
+            ("data.partition={name: natural_id, partition_by: x, num_partitions: 3}",),
+            "data.partition.num_partitions: is an option of iid and dirichlet and shards, not of "
+            "natural_id",
+        ),
+        (
+            ("data.partition={name: by_size, partition_sizes: [3, 0]}",),
+            "data.partition.partition_sizes[1]: must be a whole number of at least 1, got 0",
+        ),
+        (
+            ("data.partition={name: idd, num_partitions: 3}",),
+            "data.partition.name: must be one of natural_id, iid, dirichlet, shards, by_size, got "
+            "'idd'. Did you mean `iid`?",
+        ),
+        (
+            ("data.partition={name: iid, num_partitions: 3}", "data.client_column=who"),
+            "must be left out: `data.client_column` names the clients",
+        ),
         (("data.on_long=cut",), "must be one of truncate, drop, error, got 'cut'"),
         (("data.truncation=true",), "unknown key. Did you mean `data.on_long`?"),
         (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
