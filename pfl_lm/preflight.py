@@ -26,9 +26,10 @@ from pfl_lm.recipe.checks import (
     refuse_no_tracker,
 )
 from pfl_lm.recipe.contenders import contenders
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
-from pfl_lm.recipe.sections import BackboneOptions, DataOptions, FederationOptions
+from pfl_lm.recipe.sections import BackboneOptions, FederationOptions
 from pfl_lm.resume import has_begun, run_clients
 
 Part = TypeVar("Part")

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pfl_lm.errors import RecipeError, listed
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
 from pfl_lm.recipe.options import Options
@@ -18,7 +19,6 @@ from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.schema import Recipe
 from pfl_lm.recipe.sections import (
     BackboneOptions,
-    DataOptions,
     FederationOptions,
     RunName,
     RuntimeOptions,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pfl_lm.errors import RecipeError
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft
 from pfl_lm.recipe.scalars import brief
 from pfl_lm.recipe.sections import (
     BackboneOptions,
-    DataOptions,
     FederationOptions,
     RuntimeOptions,
 )

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
 from pfl_lm.recipe.compared import CompareOptions
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
-    DataOptions,
     FederationOptions,
     RunName,
     RuntimeOptions,

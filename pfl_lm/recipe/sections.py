@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
@@ -14,12 +13,10 @@ from pydantic import (
     PlainSerializer,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
 from pfl_lm.recipe.options import MOST, Options, broken
-from pfl_lm.recipe.partition import PartitionOptions
 from pfl_lm.recipe.scalars import brief, show
 
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
@@ -156,82 +153,6 @@ class AdapterOptions(Options):
     ) = Field(
         default=None, description="Numbers of the layers that are adapted, from 0; all if not set."
     )
-
-
-class DataOptions(Options):
-    """The clients' examples: one file with a column that names the client, or a file for each."""
-
-    path: Text = Field(
-        description="File of examples (.jsonl, .json, .csv or .parquet), or a folder with one such "
-        "file for each client, named for it.",
-        examples=["clients.jsonl"],
-    )
-    format: Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "text"] = Field(
-        default="auto", description="What an example consists of; auto: told by the columns."
-    )
-    columns: dict[Text, Text] = Field(
-        default={},
-        description="Columns to be read under another name, `theirs: ours`, such as "
-        "`{question: prompt, answer: completion}`.",
-        examples=[{"question": "prompt"}],
-    )
-    client_column: Text = Field(
-        default="client",
-        description="Column that says whose example it is; a folder of files needs none.",
-    )
-    partition: PartitionOptions | None = Field(
-        default=None,
-        description="Makes clients out of rows that name none, in place of `client_column`.",
-        examples=[{"name": "iid", "num_partitions": 10}],
-    )
-    split_column: Text | None = Field(
-        default=None, description="Column that says train, validation or test, if there is one."
-    )
-    group_column: Text | None = Field(
-        default=None,
-        description="Column that says which of a client's examples belong together, such as those "
-        "of one document; they are held out for validation together or not at all.",
-    )
-    validation_fraction: float = Field(
-        default=0.125,
-        gt=0,
-        lt=1,
-        description="Share of a client's training rows held out for validation.",
-    )
-    max_length: int = Field(
-        default=512, ge=8, le=1_000_000, description="Longest example, in tokens."
-    )
-    on_long: Literal["truncate", "drop", "error"] = Field(
-        default="truncate",
-        description="What becomes of a longer one: it loses its end, or is left out, or nothing "
-        "runs; how many there are is said.",
-    )
-
-    @model_validator(mode="after")
-    def _columns_differ(self) -> Self:
-        if self.partition is not None and self.client_column != "client":
-            raise broken("must be left out: `data.client_column` names the clients", "partition")
-        if self.split_column == self.client_column:
-            raise broken("must not be the same column as `data.client_column`", "split_column")
-        if self.group_column == self.client_column:
-            raise broken("must not be the same column as `data.client_column`", "group_column")
-        if self.group_column is not None and self.group_column == self.split_column:
-            raise broken("must not be the same column as `data.split_column`", "group_column")
-        return self
-
-    @property
-    def length(self) -> tuple[int, Literal["truncate", "drop", "error"]]:
-        """The most tokens of an example, and what becomes of a longer one."""
-        return self.max_length, self.on_long
-
-    @field_validator("columns")
-    @classmethod
-    def _one_name_each(cls, columns: dict[str, str]) -> dict[str, str]:
-        twice = [name for name, n in Counter(columns.values()).items() if n > 1]
-        if twice:
-            theirs = [column for column, name in columns.items() if name == twice[0]]
-            raise broken(f"{show(theirs[0])} and {show(theirs[1])} cannot both be {show(twice[0])}")
-        return columns
 
 
 class FederationOptions(Options):
