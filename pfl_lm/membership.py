@@ -26,15 +26,16 @@ from pfl_lm.model.outline import find_source, load_tokenizer
 from pfl_lm.recipe import LoadedRecipe, ScaffoldOptions
 from pfl_lm.report.diagnostics import refresh_diagnostics
 from pfl_lm.report.metrics import write_metrics
-from pfl_lm.resume import rows_of_one, run_recipe
+from pfl_lm.resume import rows_kept, rows_of_one, run_recipe
 
 
-def join(folder: Path, client: str, data: Path) -> Member:
+def join(folder: Path, client: str, data: Path | None = None) -> Member:
     """Make a client a member of a run that has begun; return it as it was noted.
 
     It takes part from the round after the last one that is over. Its first turn is taken when the
     run is gone on with: local steps from the shared weights, which nothing is averaged with. The
-    file stays where it is, and is needed there again.
+    file stays where it is, and is needed there again. Without one, it is a client that the recipe's
+    ``data.holdout_clients`` has kept for later.
 
     Raises:
         PflError: it is a member already, its rows cannot be used, or there is no run.
@@ -48,7 +49,10 @@ def join(folder: Path, client: str, data: Path) -> Member:
                 hint="to give it other rows, remove it first: "
                 + shlex.join(["pfl-lm", "remove", str(folder), "--id", client]),
             )
-        rows = rows_of_one(loaded, client, data.absolute())
+        if data is None:
+            rows = rows_kept(loaded, client)
+        else:
+            rows = rows_of_one(loaded, client, data.absolute())
         made = _dataset(loaded, rows)[client]
         member = Member(
             client,
@@ -58,7 +62,7 @@ def join(folder: Path, client: str, data: Path) -> Member:
             len(made.test_rows),
             rows_sha256=rows[client].sha256,
             joined=ledger.last_round() or 0,
-            data_path=str(data.absolute()),
+            data_path="" if data is None else str(data.absolute()),
         )
         ledger.add_member(member)
     return member

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pfl_lm.data.sources import read_records
-from pfl_lm.data.splits import ClientRows, split_clients
+from pfl_lm.data.population import Population, read_population
+from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
@@ -26,7 +26,6 @@ from pfl_lm.recipe.checks import (
     refuse_no_tracker,
 )
 from pfl_lm.recipe.contenders import contenders
-from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
 from pfl_lm.recipe.sections import BackboneOptions, FederationOptions
@@ -38,10 +37,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that is ready to run, and every client's rows, in the order of their ids."""
+    """A recipe that is ready to run, and every client's rows, in the order of their ids.
+
+    ``notes`` say which clients of the data take no part, or not with all their rows.
+    """
 
     loaded: LoadedRecipe
     clients: dict[str, ClientRows]
+    notes: tuple[str, ...] = ()
 
 
 def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientRows]:
@@ -52,9 +55,13 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
     Raises:
         PflError: the data, the backbone or the run folder cannot be used; all that is wrong.
     """
+    return _preflight(loaded, to_run=to_run).clients
+
+
+def _preflight(loaded: LoadedRecipe, *, to_run: bool) -> Population:
     recipe = loaded.recipe
     folder = loaded.run_folder if to_run else None
-    clients, faults = _check(
+    population, faults = _check(
         Parts(
             recipe.backbone,
             recipe.data,
@@ -64,9 +71,9 @@ def preflight(loaded: LoadedRecipe, *, to_run: bool = True) -> dict[str, ClientR
             recipe.privacy,
         )
     )
-    if faults or clients is None:
+    if faults or population is None:
         raise as_one(faults)
-    return clients
+    return population
 
 
 def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
@@ -144,19 +151,21 @@ def check_read(draft: Draft, *, to_run: bool = True) -> Checked:
         parts = valid_parts(draft)
         _, faults = _check(parts if to_run else replace(parts, run_folder=None))
         raise as_one([*wrong, *faults])
-    return Checked(loaded, preflight(loaded, to_run=to_run))
+    population = _preflight(loaded, to_run=to_run)
+    return Checked(loaded, population.clients, tuple(population.notes))
 
 
-def _check(parts: Parts) -> tuple[dict[str, ClientRows] | None, list[PflError]]:
+def _check(parts: Parts) -> tuple[Population | None, list[PflError]]:
     faults: list[PflError] = []
-    clients = try_to(_read_clients, parts.data, faults)
+    population = try_to(read_population, parts.data, faults)
+    clients = None if population is None else population.clients
     _check_cohorts(parts.federation, clients, faults)
     try_to(_find_backbone, parts.backbone, faults)
     try_to(refuse_occupied, parts.run_folder, faults)
     try_to(refuse_no_tracker, parts.runtime, faults)
     try_to(refuse_many_threads, parts.runtime, faults)
     try_to(refuse_no_opacus, parts.privacy, faults)
-    return clients, faults
+    return population, faults
 
 
 def try_to(
@@ -171,10 +180,6 @@ def try_to(
     except PflError as error:
         faults.append(error)
         return None
-
-
-def _read_clients(data: DataOptions) -> dict[str, ClientRows]:
-    return split_clients(read_records(data), data.validation_fraction)
 
 
 def _check_cohorts(

@@ -12,8 +12,10 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from pfl_lm.data.population import capped, read_population
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows, split_clients
+from pfl_lm.data.words import short
 from pfl_lm.errors import DataError, PflError, RecipeError, RunFolderError, listed
 from pfl_lm.federation.folder import LEDGER, RESOLVED, SLUG
 from pfl_lm.federation.history import History, Member, client_digest
@@ -155,10 +157,11 @@ def run_clients(loaded: LoadedRecipe) -> dict[str, ClientRows]:
             raise _no_run(loaded.run_folder)
         members = {member.client: member for member in ledger.members()}
         removed = ledger.removed()
-    data = loaded.recipe.data
-    found = split_clients(read_records(data), data.validation_fraction)
+    population = read_population(loaded.recipe.data)
+    later = {c: rows for c, rows in population.held_out.items() if c in members}
+    found = population.clients | later
     for member in members.values():
-        if member.data_path is not None:
+        if member.data_path:
             found |= rows_of_one(loaded, member.client, Path(member.data_path))
     found = {client: rows for client, rows in found.items() if client_digest(client) not in removed}
     _compare(loaded, members, found)
@@ -192,13 +195,34 @@ def rows_of_one(loaded: LoadedRecipe, client: str, path: Path) -> dict[str, Clie
         DataError: the file cannot be used, or holds rows of somebody else.
     """
     data = loaded.recipe.data.model_copy(update={"path": str(path), "partition": None})
-    rows = split_clients(read_records(data, only=client), data.validation_fraction)
+    rows = {
+        name: capped(own, data.max_train_samples)
+        for name, own in split_clients(
+            read_records(data, only=client), data.validation_fraction
+        ).items()
+    }
     if strangers := sorted(rows.keys() - {client}):
         raise DataError(
             f"{path}: rows of {strangers[0]!r}, and only {client!r} was announced",
             hint="give each client a file of its own",
         )
     return rows
+
+
+def rows_kept(loaded: LoadedRecipe, client: str) -> dict[str, ClientRows]:
+    """Return the rows of one client that the recipe keeps for later.
+
+    Raises:
+        DataError: it keeps no such client.
+    """
+    kept = read_population(loaded.recipe.data).held_out
+    if client not in kept:
+        some = ", ".join(short(name) for name in list(kept)[:5]) or "none"
+        raise DataError(
+            f"--id: {client!r} is not among the clients that data.holdout_clients keeps ({some})",
+            hint="name one of them, or give the client's rows with --data FILE",
+        )
+    return {client: kept[client]}
 
 
 def _compare(

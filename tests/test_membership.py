@@ -334,3 +334,33 @@ def test_a_client_is_not_taken_out_of_scaffolds_sum(tmp_path: Path) -> None:
     go_on(folder)
     facts = facts_in(folder)
     assert {row[1] for row in facts["turns"]} == {"alice", "carol"}
+
+
+# --- clients that the recipe keeps for later ------------------------------------------------------
+
+
+def test_who_was_kept_for_later_joins_without_a_file(tmp_path: Path) -> None:
+    clients = ("alice", "bob", "carol", "dora")
+    folder = run(tmp_path / "a", clients, **{"data.holdout_clients": ["dora"]})
+    assert not (folder / "adapters" / "dora").exists()
+    code, out, err = cli("join", str(folder), "--id", "dora")
+    assert (code, err) == (0, "")
+    assert out.startswith("dora has joined, after round 2: 5 train, 1 validation, 2 test rows\n")
+    assert (folder / "adapters" / "dora" / "adapter_model.safetensors").is_file()
+    with_file = run(tmp_path / "b")
+    own = [row for row in client_rows(clients) if row["client"] == "dora"]
+    join(with_file, "dora", write_jsonl(tmp_path / "dora.jsonl", own))
+    go_on(with_file)
+    name = "adapters/dora/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (with_file / name).read_bytes()
+    assert go_on(folder, rounds=3) == folder
+
+
+def test_who_was_not_kept_needs_a_file(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", **{"data.holdout_clients": ["carol"]})
+    with pytest.raises(DataError) as caught:
+        join(folder, "dora")
+    assert str(caught.value) == (
+        "--id: 'dora' is not among the clients that data.holdout_clients keeps ('carol')\n"
+        "  hint: name one of them, or give the client's rows with --data FILE"
+    )

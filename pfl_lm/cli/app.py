@@ -91,7 +91,14 @@ def resume(
 def join(
     run: RunFolder,
     client: ClientId,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Its rows, and no others.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Its rows, and no others; not for one that data.holdout_clients kept for later.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Add a client to a run that has begun: it takes part from the next round on.

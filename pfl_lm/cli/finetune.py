@@ -27,4 +27,4 @@ def finetune(recipe: Path, overrides: list[str], *, resume: bool = False) -> Non
         return
     if resume:
         checked = check_recipe(recipe, overrides)
-    show_run(checked.loaded, checked.clients)
+    show_run(checked.loaded, checked.clients, checked.notes)

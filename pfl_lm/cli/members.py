@@ -12,7 +12,7 @@ from pfl_lm.cli.run import resume_command, run_console
 from pfl_lm.resume import finished_rounds, run_recipe
 
 
-def join(run: Path, client: str, data: Path) -> None:
+def join(run: Path, client: str, data: Path | None) -> None:
     """Add a client; of a run that was finished it gets its adapter at once.
 
     Raises:

@@ -49,7 +49,10 @@ def plan(recipe: Path, overrides: list[str]) -> None:
     console.print()
     console.print(_clients(the_plan.clients))
     say("tokens: the supervised ones of the train rows. cut, dropped: train and validation rows at")
-    say(f"data.max_length {loaded.recipe.data.max_length}. steps: optimizer steps of one round\n")
+    say(f"data.max_length {loaded.recipe.data.max_length}. steps: optimizer steps of one round")
+    for note in checked.notes:
+        say(note)
+    say("")
     for name, value in _facts(the_plan):
         say(f"{name:<10} {value}")
     if told := loaded.recipe.aggregation.bears_none(max(the_plan.in_round)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 
 def show_run(
-    loaded: LoadedRecipe, clients: Mapping[str, ClientRows], *, resume: bool = False
+    loaded: LoadedRecipe,
+    clients: Mapping[str, ClientRows],
+    notes: Sequence[str] = (),
+    *,
+    resume: bool = False,
 ) -> None:
-    """Run a recipe that was checked, and end with the table of clients.
+    """Run a recipe that was checked, and end with the table of clients; ``notes`` come first.
 
     Raises:
         PflError: the recipe or what it names cannot be used after all.
@@ -40,6 +44,8 @@ def show_run(
 
     how = "going on in" if resume else "into"
     say(f"{options.name}: {options.method.name}, {how} {folder}")
+    for note in notes:
+        say(note)
     interrupts = Interrupts(say)
     try:
         with interrupts, _not_alone(interrupts):

@@ -47,6 +47,7 @@ def _report(checked: Checked) -> str:
     if len(clients) > MOST_CLIENTS:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")
+    lines += [f"  note        {told}" for told in checked.notes]
     n_train = {client: len(rows.train) for client, rows in clients.items()}
     lines += [f"  note        {told}" for told in loose_deltas(recipe.privacy, n_train)]
     return "\n".join(lines)

@@ -39,7 +39,8 @@ class Member:
     Attributes:
         rows_sha256: of its rows; None if an older program did not note it.
         joined: the last round that was over when it came; it takes part in later ones.
-        data_path: the file it brought along; None if it is in the recipe's data.
+        data_path: the file it brought along when it joined, empty if the recipe's data had kept its
+            rows for later; None if it was there from the beginning.
     """
 
     client: str

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from pfl_lm.recipe.options import Options, broken
-from pfl_lm.recipe.partition import PartitionOptions
+from pfl_lm.recipe.options import MOST, Options, broken
+from pfl_lm.recipe.partition import PartitionOptions, names
 from pfl_lm.recipe.scalars import show
 from pfl_lm.recipe.sections import Text
+
+
+def _count_or_ids(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+    if is_count or names(value):
+        return value
+    raise broken(
+        f"must be a number of clients, or a list of ids such as [alice, bob], got {show(value)}"
+    )
+
+
+_Count = Annotated[int, Field(ge=0, le=MOST)]
+_CountOrIds = Annotated[
+    int | list[str], PlainValidator(_count_or_ids, json_schema_input_type=_Count | list[Text])
+]
 
 
 class DataOptions(Options):
@@ -52,6 +67,24 @@ class DataOptions(Options):
         gt=0,
         lt=1,
         description="Share of a client's training rows held out for validation.",
+    )
+    min_train_samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST,
+        description="Clients with fewer train rows, those held out for validation among them, are "
+        "left out; not set: such a client is an error if it cannot take part.",
+    )
+    max_train_samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST,
+        description="Most train rows of a client; of more, those whose hash is smallest are kept.",
+    )
+    holdout_clients: _CountOrIds = Field(
+        default=0,
+        description="Clients kept for later, so many (chosen by a hash of their ids) or these: "
+        "they take no part until `pfl-lm join`.",
     )
     max_length: int = Field(
         default=512, ge=8, le=1_000_000, description="Longest example, in tokens."

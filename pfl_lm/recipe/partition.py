@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from pfl_lm.recipe.options import MOST, Options, broken
+from pfl_lm.recipe.scalars import show
 
 PartitionName = Literal["natural_id", "iid", "dirichlet", "shards", "by_size"]
 _NEEDS: Mapping[PartitionName, tuple[str, ...]] = {
@@ -25,7 +26,25 @@ _EXAMPLES: Mapping[str, str] = {
     "num_shards_per_partition": "2",
     "partition_sizes": "[400, 200, 100]",
 }
-Column = Annotated[str, Field(min_length=1)]
+
+
+def names(value: object) -> bool:
+    """Return whether a value is a list of texts, none of them empty."""
+    return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+
+
+def _column_or_columns(value: object) -> object:
+    if value is None or (isinstance(value, str) and value) or (value and names(value)):
+        return value
+    raise broken(
+        f"must be a column, or a list of them such as [language, topic], got {show(value)}"
+    )
+
+
+_Columns = Annotated[
+    str | list[str] | None,
+    PlainValidator(_column_or_columns, json_schema_input_type=str | list[str] | None),
+]
 Size = Annotated[int, Field(ge=1, le=MOST)]
 
 
@@ -41,7 +60,7 @@ class PartitionOptions(Options):
     num_partitions: int | None = Field(
         default=None, ge=1, le=MOST, description="Number of clients (iid, dirichlet, shards)."
     )
-    partition_by: Column | list[Column] | None = Field(
+    partition_by: _Columns = Field(
         default=None,
         description="Column that rows are told apart by, or several whose values are joined by "
         "`:` (natural_id, dirichlet, shards).",

@@ -34,6 +34,10 @@ class Options:
     group_column: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     partition: PartitionOptions | None = None
+    validation_fraction: float = 0.25
+    min_train_samples: int | None = None
+    max_train_samples: int | None = None
+    holdout_clients: int | list[str] = 0
 
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:

@@ -11,10 +11,11 @@ import pytest
 
 from pfl_lm.data.content import Conversation, PromptCompletion, Text
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.population import read_population
 from pfl_lm.data.records import Record
 from pfl_lm.data.render import render
 from pfl_lm.data.sources import read_records
-from pfl_lm.data.splits import ClientRows, split_clients
+from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.recipe.partition import PartitionOptions
 from tests.data.files import GOOD, Options, write
@@ -70,7 +71,7 @@ def test_what_is_underlined_is_what_is_learnt(tmp_path, i, names):
 
 def refused(options):
     with pytest.raises(PflError) as caught:
-        split_clients(read_records(options), 0.125)
+        read_population(options)
     return str(caught.value)
 
 
@@ -99,6 +100,9 @@ LINES = [
     ([TEXT, TEXT | {"client": None}], {}),
     ([TEXT | {"client": "x" * 10_001}], {}),
     ([talk(*[ASK, SAY] * 501)], {}),
+    ([TEXT, TEXT | {"text": "y"}], {"holdout_clients": ["bob"]}),
+    ([TEXT, TEXT | {"text": "y"}], {"holdout_clients": 1}),
+    ([TEXT] * 2, {"min_train_samples": 5}),
     ([TEXT], {"partition": PartitionOptions(name="natural_id", partition_by="topic")}),
     ([TEXT], {"partition": PartitionOptions(name="iid", num_partitions=10)}),
     ([TEXT | {"client": 1}, TEXT | {"client": "1"}], {}),

@@ -97,6 +97,27 @@ def test_columns_must_differ(tmp_path: Path) -> None:
             ("data.partition={name: iid, num_partitions: 3}", "data.client_column=who"),
             "must be left out: `data.client_column` names the clients",
         ),
+        *(
+            (
+                (f"data.holdout_clients={given}",),
+                f"must be a number of clients, or a list of ids such as [alice, bob], got {shown}",
+            )
+            for given, shown in [
+                ("all", "'all'"),
+                ("-1", "-1"),
+                ("true", "true"),
+                ("[1]", "a list"),
+            ]
+        ),
+        *(
+            (
+                (f"data.partition={{name: natural_id, partition_by: {given}}}",),
+                "data.partition.partition_by: must be a column, or a list of them such as "
+                f"[language, topic], got {shown}",
+            )
+            for given, shown in [("3", "3"), ("''", "''"), ("[]", "a list"), ("[a, 1]", "a list")]
+        ),
+        (("data.min_train_samples=0",), "must be a whole number from 1 to 1000000, got 0"),
         (("data.on_long=cut",), "must be one of truncate, drop, error, got 'cut'"),
         (("data.truncation=true",), "unknown key. Did you mean `data.on_long`?"),
         (("data.group=doc",), "unknown key. Did you mean `data.group_column`?"),
