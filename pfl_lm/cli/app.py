@@ -262,6 +262,36 @@ def push(
         verb(run, repo, clients or [], public=public, dry_run=dry_run)
 
 
+recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(
+    recipes, name="recipes", help="The recipes that come with pfl-lm: list them, copy one."
+)
+
+
+@recipes.command(name="list")
+def list_recipes(debug: Debug = False) -> None:
+    """List the recipes that come with pfl-lm."""
+    with exits(debug=debug):
+        from pfl_lm.cli.recipes import list_recipes as verb
+
+        verb()
+
+
+@recipes.command(name="copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which one, as `list` has it.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to; not given: here.")
+    ] = Path(),
+    debug: Debug = False,
+) -> None:
+    """Copy a recipe and the data that come with it, to be changed; nothing is overwritten."""
+    with exits(debug=debug):
+        from pfl_lm.cli.recipes import copy as verb
+
+        verb(name, folder)
+
+
 def main() -> None:
     """Run the command line; every exit is a `SystemExit`."""
     for stream in (sys.stdout, sys.stderr):
