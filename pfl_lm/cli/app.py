@@ -262,6 +262,31 @@ def push(
         verb(run, repo, clients or [], public=public, dry_run=dry_run)
 
 
+@app.command()
+def init(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A file of rows, or a folder of clients' files.")
+    ],
+    client_column: Annotated[
+        str | None,
+        typer.Option("--client-column", metavar="COLUMN", help="Says whose row it is; or client."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="ID", help="The backbone, a Hub id or a folder."),
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The recipe to write.")
+    ] = Path("recipe.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write a recipe for a file of data, to be read and changed; nothing is overwritten."""
+    with exits(debug=debug):
+        from pfl_lm.cli.init import init as verb
+
+        verb(data, client_column, model, output)
+
+
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(
     recipes, name="recipes", help="The recipes that come with pfl-lm: list them, copy one."
