@@ -15,7 +15,7 @@ def test_scores_come_in_order_and_to_the_bit(ledger: Ledger) -> None:
     ledger.commit_scores(scored(10, "a", score("realigned", 0.1 + 0.2)))
     ledger.commit_scores(scored(2, "b", score("local"), Score("test", "base", math.inf, 2, 5)))
     ledger.commit_scores(scored(2, "a", score("local"), score("base")))
-    assert ledger.scores() == [
+    assert list(ledger.scores()) == [
         (2, "a", "validation", "base", 1.25),
         (2, "a", "validation", "local", 1.25),
         (2, "b", "test", "base", math.inf),
