@@ -7,7 +7,7 @@ the same if their tokens are. No torch here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise
 from statistics import median
@@ -88,9 +88,14 @@ class ClientPreview:
 
 
 def preview_clients(
-    rows_by_client: Mapping[str, ClientRows], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows_by_client: Mapping[str, ClientRows],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    shown: Collection[str] | None = None,
 ) -> list[ClientPreview]:
-    """Tokenize all rows and look at each client, in the order of their ids.
+    """Tokenize all rows and look at each client, or at those ``shown``, in the order of their ids.
+
+    All rows are tokenized in any case: a row of one client may stand at another.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
@@ -111,7 +116,8 @@ def preview_clients(
         for row in {example.input_ids for example in splits["train"]}
     )
     previews = []
-    for client, splits in examples.items():
+    for client in examples if shown is None else sorted(shown):
+        splits = examples[client]
         n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
         previews.append(_client(client, splits, n_rows, owners, tokenizer, max_length))
     return previews
