@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.scale [--tiny]
 
-``run`` is a federation on the tests' tiny backbone, four rows and one optimizer step a client: three
+``run`` is a federation on the tests' tiny backbone, four rows and one step a client: three
 rounds of a fiftieth of the clients and one of all. It is interrupted in the middle of the last,
 resumed, finished, and asked all that a ledger can be asked. ``--tiny`` takes 500 clients.
 
@@ -48,8 +48,7 @@ class StoppedError(Exception):
 def apart(what: str) -> Any:
     """Return what an expression of this module comes to in a process of its own."""
     code = (
-        "import json; from tests.benchmarks import scale\n"
-        f"print('\\n' + json.dumps(scale.{what}))"
+        f"import json; from tests.benchmarks import scale\nprint('\\n' + json.dumps(scale.{what}))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
@@ -336,7 +335,7 @@ def aggregate_here(rule: str, n: int, folder: Path) -> dict[str, float]:
     from pfl_lm.methods.combine import combine
     from pfl_lm.recipe import AggregationOptions
     from tests.benchmarks.memory import peak
-    from tests.train.parts import options
+    from tests.world import options
 
     store = Store(folder, {f"c-{i}": f"c-{i}" for i in range(16)}, torch.device("cpu"))
     files = [
