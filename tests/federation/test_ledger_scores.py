@@ -25,6 +25,14 @@ def test_scores_come_in_order_and_to_the_bit(ledger: Ledger) -> None:
     assert rows(ledger, "SELECT rows, tokens FROM scores WHERE split = 'test'") == [(2, 5)]
 
 
+def test_scores_and_summaries_are_read_row_by_row(ledger: Ledger) -> None:
+    for client in ("a", "b"):
+        turn(ledger, client, 1)
+        ledger.commit_scores(scored(1, client, score("local")))
+    assert next(ledger.scores())[1] == next(ledger.summaries())[0] == "a"
+    assert next(ledger.turn_summaries())[1:] == ("a", {"loss_first": 1.0, "loss_last": 0.5})
+
+
 def test_final_scores_are_those_of_the_round_of_the_choice(ledger: Ledger) -> None:
     choice = Choice("local", "why", -0.1, 0.1)
     ledger.commit_scores(scored(1, "b", score("global", 9.0)))
