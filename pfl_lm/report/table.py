@@ -33,11 +33,12 @@ def client_table(results: Sequence[ClientResult]) -> Group:
     """
     split = split_shown(results)
     candidates = _candidates(results)
-    title = f"{split} loss, nats a supervised token (lower is better)"
+    title = [f"{split} loss, nats a supervised token (lower is better)"]
     listed = results
     if len(results) > MOST_CLIENTS:
         listed = sorted(results, key=lambda result: -_own_loss(result, split))[:MOST_CLIENTS]
-        title += f"; the {MOST_CLIENTS} of {len(results)} clients that are worst off"
+        told = f"the {MOST_CLIENTS} of {len(results)} clients that are worst off"
+        title.append(f"{told}; metrics.csv has all")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("client", overflow="fold")
     for candidate in candidates:
@@ -53,11 +54,9 @@ def client_table(results: Sequence[ClientResult]) -> Group:
     means = [_mean(results, split, candidate) for candidate in candidates]
     gains = _gains(results, split)
     mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
-    if len(listed) < len(results):
-        table.add_row(f"and {len(results) - len(listed)} more, in metrics.csv")
     table.add_section()
     table.add_row(Text("mean"), *map(_number, means), "", mean_gain, "")
-    return Group(Text(title), table)  # a table's own title would wrap at the table's width
+    return Group(*map(Text, title), table)  # a table's own title would wrap at the table's width
 
 
 def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
