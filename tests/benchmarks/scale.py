@@ -216,7 +216,7 @@ def questions(run: Path) -> dict[str, float]:
         round, client = history.last_round(), history.members()[0].client
         assert round is not None
         asked: dict[str, Callable[[], object]] = {
-            **{name: getattr(history, name) for name in _OF_THE_RUN},
+            **{name: partial(_whole, getattr(history, name)) for name in _OF_THE_RUN},
             **{name: partial(getattr(history, name), round) for name in _OF_A_ROUND},
             "validation": partial(history.validation, round, "global"),
             "validation_means": partial(history.validation_means, "global"),
@@ -230,6 +230,14 @@ def questions(run: Path) -> dict[str, float]:
             pass
 
     return {"opened and checked": least(opened), **found}
+
+
+def _whole(question: Callable[[], object]) -> None:
+    """Ask, and go through an answer that comes row by row."""
+    answer = question()
+    if isinstance(answer, Iterator):
+        for _ in answer:
+            pass
 
 
 _OF_THE_RUN = (

@@ -56,6 +56,15 @@ def test_from_a_file_to_examples(clients_jsonl: Path, tiny_tokenizer, decoded):
         assert sorted(said) == sorted(mine)
 
 
+def test_equal_tokens_of_all_clients_are_one_object(tiny_tokenizer):
+    clients = {c: ClientRows(rows(c, "x", "y"), rows(c, "z"), ()) for c in ("a", "b", "c")}
+    dataset = FederatedDataset.build(clients, tiny_tokenizer, 256)
+    examples = [e for client in dataset for e in (*client.train, *client.validation)]
+    tokens = [token for example in examples for token in example.input_ids]
+    assert max(tokens) > 256  # Python itself keeps one object of each smaller one
+    assert len({id(token) for token in tokens}) == len(set(tokens))
+
+
 def test_test_rows_are_tokenized_only_when_asked(tiny_tokenizer, monkeypatch):
     rendered = []
 
