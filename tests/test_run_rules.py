@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-import pfl_lm.data.federated
+import pfl_lm.data.tokenizing
 import pfl_lm.finetune
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch, Workload
@@ -44,13 +44,13 @@ class Notes(Watch):
 def test_test_rows_are_tokenized_once_and_after_the_last_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, render = Notes(), pfl_lm.data.federated.render
+    watch, render = Notes(), pfl_lm.data.tokenizing.render
 
     def spied(tokenizer: Any, content: Any) -> Any:
         watch.events.append(("read", content.prompt))
         return render(tokenizer, content)
 
-    monkeypatch.setattr(pfl_lm.data.federated, "render", spied)
+    monkeypatch.setattr(pfl_lm.data.tokenizing, "render", spied)
     run(tmp_path, watch)
 
     by_split: dict[str, list[str]] = {"train": [], "test": []}

@@ -44,8 +44,8 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
     source = find_source(options.backbone, say)
     tokenizer = load_tokenizer(source, options.backbone)
     max_length = options.data.max_length
-    previews = preview_clients(checked.clients, tokenizer, *options.data.length)
-    shown = [each for each in previews if only in (None, each.id)][:MOST_CLIENTS]
+    names = list(checked.clients)[:MOST_CLIENTS] if only is None else [only]
+    shown = preview_clients(checked.clients, tokenizer, *options.data.length, shown=names)
     colour = console.color_system is not None
     marks = "underlined" if colour else f"between {BEFORE} and {AFTER}"
     long = "" if options.data.on_long == "truncate" else f", data.on_long {options.data.on_long}"
@@ -60,8 +60,8 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
         for line in _about(each, max_length):
             say(line)
         console.print(_example(each.example, colour))
-    if only is None and len(previews) > len(shown):
-        say(f"\nand {len(previews) - len(shown)} more clients; --client ID shows one")
+    if only is None and len(checked.clients) > len(shown):
+        say(f"\nand {len(checked.clients) - len(shown)} more clients; --client ID shows one")
 
 
 def _no_such_client(client: str, clients: Sequence[str]) -> DataError:

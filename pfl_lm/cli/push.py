@@ -16,6 +16,9 @@ from pfl_lm.export.hub import push as send
 from pfl_lm.export.plan import Plan, check_repo_id, plan_push
 from pfl_lm.export.remote import Remote
 
+MOST_FILES = 60
+"""How many files a dry run lists."""
+
 
 def push(run: Path, repo: str, clients: list[str], *, public: bool, dry_run: bool) -> None:
     """Push the adapters of a run, or say what a push would send.
@@ -70,9 +73,10 @@ def _retryable(run: Path, repo: str, clients: list[str], *, public: bool) -> Ite
 
 
 def _show_plan(plan: Plan, repo: str) -> None:
-    for commit in plan.commits:
-        for file in commit:
-            _say(f"{size(file.size):>12}  {file.path}")
+    for file in plan.files[:MOST_FILES]:
+        _say(f"{size(file.size):>12}  {file.path}")
+    if len(plan.files) > MOST_FILES:
+        _say(f"and {len(plan.files) - MOST_FILES} more")
     total = f"{count(len(plan.files), 'file')}, {size(sum(file.size for file in plan.files))}"
     _say(f"would send {total} to {repo} in {count(len(plan.commits), 'commit')}")
     if plan.unchanged:

@@ -7,7 +7,7 @@ read once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,31 +16,12 @@ from pfl_lm.data.content import Text
 from pfl_lm.data.examples import Example
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Record
-from pfl_lm.data.render import render
 from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.tokenizing import Counts, OnLong, RowTokenizer
 from pfl_lm.data.words import short
-from pfl_lm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OnLong = Literal["truncate", "drop", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What became of the rows of one client and split.
-
-    ``kept`` rows are there to learn from, and ``truncated`` of them lost their end to max_length.
-    Of the others, ``long`` were left out because they are longer; the rest, ``dropped``, lost all
-    supervised tokens.
-    """
-
-    rows: int
-    kept: int
-    truncated: int
-    dropped: int
-    long: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +50,13 @@ class FederatedDataset:
     def __init__(
         self,
         clients: Mapping[str, ClientData],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        tokenize: RowTokenizer,
         *,
-        on_long: OnLong = "truncate",
         plain_text: bool = False,
     ) -> None:
         self.plain_text = plain_text
         self._clients = clients
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._on_long = on_long
+        self._tokenize = tokenize
 
     @classmethod
     def build(
@@ -102,25 +79,24 @@ class FederatedDataset:
         plain_text = bool(contents) and all(isinstance(content, Text) for content in contents)
         if not plain_text:
             check_tokenizer(tokenizer)
+        tokenize = RowTokenizer(tokenizer, max_length, on_long)
         if on_long == "error":
-            _refuse_long(records_by_client, tokenizer, max_length)
+            tokenize.refuse_long(records_by_client)
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
-            train, n_train = _tokenize(rows.train, tokenizer, max_length, on_long)
-            validation, n_validation = _tokenize(rows.validation, tokenizer, max_length, on_long)
+            train, n_train = tokenize.examples(rows.train)
+            validation, n_validation = tokenize.examples(rows.validation)
             counts: dict[Literal["train", "validation"], Counts]
             counts = {"train": n_train, "validation": n_validation}
             clients[client_id] = ClientData(client_id, train, validation, rows.test, counts)
             for split, count in counts.items():
                 if not count.kept:
-                    problems.add(
-                        f"client {short(client_id)}: {_none_left(count, split, max_length)}"
-                    )
+                    problems.add(f"client {short(client_id)}: {count.none_left(split, max_length)}")
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
         )
-        return cls(clients, tokenizer, max_length, on_long=on_long, plain_text=plain_text)
+        return cls(clients, tokenize, plain_text=plain_text)
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -154,66 +130,11 @@ class FederatedDataset:
         Raises:
             DataError: the chat template cannot write a row.
         """
-        return self._test(client_id)[0]
+        return self._tokenize.examples(self[client_id].test_rows)[0]
 
     def counts(self, client_id: str, split: Literal["train", "validation", "test"]) -> Counts:
         """Return what became of a client's rows; for ``test`` this tokenizes them."""
         client = self[client_id]
         if split == "test":
-            return self._test(client_id)[1]
+            return self._tokenize.examples(client.test_rows)[1]
         return client.counts[split]
-
-    def _test(self, client_id: str) -> tuple[tuple[Example, ...], Counts]:
-        rows = self[client_id].test_rows
-        return _tokenize(rows, self._tokenizer, self._max_length, self._on_long)
-
-
-def _tokenize(
-    rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long: OnLong
-) -> tuple[tuple[Example, ...], Counts]:
-    kept: list[Example] = []
-    truncated = long = 0
-    for row in rows:
-        whole = _rendered(tokenizer, row)
-        is_long = len(whole.input_ids) > max_length
-        if is_long and on_long == "drop":
-            long += 1
-            continue
-        example = whole.cut(max_length)
-        if example.n_supervised:
-            kept.append(example)
-            truncated += is_long
-    dropped = len(rows) - len(kept) - long
-    return tuple(kept), Counts(len(rows), len(kept), truncated, dropped, long)
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, row: Record) -> Example:
-    try:
-        return render(tokenizer, row.content)
-    except DataError as error:
-        where = f"{row.place} (client {short(row.client)})"
-        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
-
-
-def _refuse_long(
-    records_by_client: Mapping[str, ClientRows],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> None:
-    """Name every row that is too long, test rows too: at the end it would be too late."""
-    problems = Problems()
-    for client_id, rows in sorted(records_by_client.items()):
-        for row in (*rows.train, *rows.validation, *rows.test):
-            n = len(_rendered(tokenizer, row).input_ids)
-            if n > max_length:
-                problems.add(f"{row.place} (client {short(client_id)}): {n} tokens")
-    problems.raise_if_any(
-        f"data.on_long is error, data.max_length {max_length}, and some rows are longer",
-        hint="raise data.max_length, or set data.on_long: truncate, or drop",
-    )
-
-
-def _none_left(count: Counts, split: str, max_length: int) -> str:
-    if count.long == count.rows:
-        return f"all {count.rows} {split} rows are longer than max_length {max_length}, and dropped"
-    return f"0 of {count.rows} {split} rows keep a supervised token at max_length {max_length}"

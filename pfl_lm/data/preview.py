@@ -7,15 +7,16 @@ the same if their tokens are. No torch here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
 from pfl_lm.data.examples import Example
-from pfl_lm.data.federated import FederatedDataset, OnLong
+from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.tokenizing import OnLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,8 +95,11 @@ def preview_clients(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     on_long: OnLong = "truncate",
+    shown: Collection[str] | None = None,
 ) -> list[ClientPreview]:
-    """Tokenize all rows and look at each client, in the order of their ids.
+    """Tokenize all rows and look at each client, or at those ``shown``, in the order of their ids.
+
+    All rows are tokenized in any case: a row of one client may stand at another.
 
     Where longer rows would be an error, they are shown as cut.
 
@@ -123,7 +127,8 @@ def preview_clients(
         return None if left_out else example.cut(max_length)
 
     previews = []
-    for client, splits in examples.items():
+    for client in examples if shown is None else sorted(shown):
+        splits = examples[client]
         n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
         previews.append(_client(client, splits, n_rows, owners, tokenizer, kept))
     return previews

@@ -155,7 +155,7 @@ def _dtype(backbone: Backbone) -> str:
 
 def _final_scores(ledger: Ledger) -> dict[str, dict[str, dict[str, float]]]:
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for _, client, split, candidate, nll in ledger.scores():  # in the order of rounds
+    for client, split, candidate, nll, *_ in ledger.final_scores():
         scores.setdefault(client, {}).setdefault(split, {})[candidate] = nll
     return scores
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pfl_lm.errors import RunFolderError
 from pfl_lm.federation.schema import explained
@@ -201,9 +201,9 @@ class History:
         )
         return dict(rows)
 
-    def scores(self) -> list[tuple[int, str, str, str, float]]:
-        """Return every score as (round, client, split, candidate, nll), in that order."""
-        return self._ask(
+    def scores(self) -> Iterator[tuple[int, str, str, str, float]]:
+        """Yield every score as (round, client, split, candidate, nll), in that order."""
+        return self._each(
             "SELECT round, client, split, candidate, nll FROM scores ORDER BY 1, 2, 3, 4"
         )
 
@@ -285,14 +285,14 @@ class History:
         )
         return sorted(path for (path,) in rows)
 
-    def summaries(self) -> list[tuple[str, dict[str, float]]]:
-        """Return whose turn it was and its summary, for every turn in the order of rounds."""
-        return [(client, summary) for _, client, summary in self.turn_summaries()]
+    def summaries(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Yield whose turn it was and its summary, for every turn in the order of rounds."""
+        return ((client, summary) for _, client, summary in self.turn_summaries())
 
-    def turn_summaries(self) -> list[tuple[int, str, dict[str, float]]]:
-        """Return round, client and summary of every turn, in the order of rounds."""
-        rows = self._ask("SELECT round, client, summary FROM turns ORDER BY round, client")
-        return [(round, client, self._numbers(text)) for round, client, text in rows]
+    def turn_summaries(self) -> Iterator[tuple[int, str, dict[str, float]]]:
+        """Yield round, client and summary of every turn, in the order of rounds."""
+        rows = self._each("SELECT round, client, summary FROM turns ORDER BY round, client")
+        return ((round, client, self._numbers(text)) for round, client, text in rows)
 
     def number(self, key: str) -> float | None:
         """Return a number that the run has noted of itself; None if it has not."""
@@ -314,6 +314,11 @@ class History:
     def _ask(self, query: str, *given: object, **named: object) -> list[tuple]:  # type: ignore[type-arg]
         with explained(self.path):
             return self._connection.execute(query, named or given).fetchall()
+
+    def _each(self, query: str) -> Iterator[Any]:
+        """Yield rows one by one, where there are as many as clients times rounds."""
+        with explained(self.path):
+            yield from self._connection.execute(query)
 
 
 def client_digest(client: str) -> str:

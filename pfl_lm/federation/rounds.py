@@ -92,25 +92,38 @@ class Orchestrator:
                 _refuse_rising_loss(turn.client, turn.summary)
         most = longest_update(server)
         while waiting := self.ledger.waiting(round):
-            sent = {client: self.method.broadcast(server, client) for client in waiting}
-            tasks = (self._task(round, "train", client, sent[client]) for client in waiting)
-            for update in self.fleet.run(tasks):
-                self._settle(update, sent[update.client], most)
+            sent: dict[str, Broadcast] = {}
+            for update in self.fleet.run(self._to_train(round, server, waiting, sent)):
+                self._settle(update, sent.pop(update.client), most)
         turns = len(self.ledger.turns(round))
         if turns < self.recipe.federation.min_clients:
             self.ledger.forgive(round)
             raise self._too_few(round, turns)
 
+    def _to_train(
+        self,
+        round: int,
+        server: ServerState,
+        clients: list[str],
+        sent: dict[str, Broadcast],
+        *,
+        counted: bool = True,
+    ) -> Iterator[Assignment]:
+        """Yield a task for each client, and note in ``sent`` what it is sent, each as it begins."""
+        for client in clients:
+            sent[client] = replace(self.method.broadcast(server, client), counted=counted)
+            yield self._task(round, "train", client, sent[client])
+
     def _welcome(self, round: int, server: ServerState) -> None:
         """Let clients who have joined take a turn that is theirs alone: nothing is averaged."""
+        sent: dict[str, Broadcast] = {}
         newcomers = self.ledger.newcomers(round)
-        sent = {c: replace(self.method.broadcast(server, c), counted=False) for c in newcomers}
-        tasks = (self._task(round, "train", client, sent[client]) for client in newcomers)
+        tasks = self._to_train(round, server, newcomers, sent, counted=False)
         for update in self.fleet.run(tasks):
             if update.fault is not None:
                 what = update.fault.message
                 raise PflError(f"{update.client}: its first turn has failed: {what}")
-            size = size_in_bytes(sent[update.client].vectors.values())
+            size = size_in_bytes(sent.pop(update.client).vectors.values())
             kept = replace(update, upload=Upload({}, weight=0.0))
             self.ledger.commit_turn(kept, None, bytes_down=size)
             self.watch.turn(update)

@@ -135,7 +135,8 @@ def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:
         folder = converted_folder(gguf)
         if not folder.is_dir():
             say(f"converting {gguf.name} to safetensors, this once: {folder}")
-        return convert(gguf)
+            convert(gguf, folder)
+        return folder
     assert options.model_name_or_path is not None
     return options.model_name_or_path
 

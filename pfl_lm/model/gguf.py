@@ -32,8 +32,8 @@ def converted_folder(gguf: Path) -> Path:
     return cache_folder() / "backbones" / f"{gguf.stem}-v{_FORMAT}-{digest[:16]}"
 
 
-def convert(gguf: Path) -> Path:
-    """Return the safetensors copy of a GGUF file, making it first if this machine has none.
+def convert(gguf: Path, folder: Path) -> None:
+    """Make the safetensors copy of a GGUF file: its `converted_folder`, which is not there yet.
 
     Writes weights in float32, the tokenizer and its chat template. Two processes may do so at once:
     the one that finishes second throws its copy away.
@@ -41,9 +41,6 @@ def convert(gguf: Path) -> Path:
     Raises:
         ModelError: the file cannot be read as a causal language model, or the cache not written.
     """
-    folder = converted_folder(gguf)
-    if folder.is_dir():
-        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
@@ -69,7 +66,6 @@ def convert(gguf: Path) -> Path:
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def _write_safetensors(gguf: Path, folder: Path) -> None:

@@ -76,7 +76,12 @@ def noted(sigma: float, n_rows: int, rows_in_step: int, steps: int) -> dict[str,
 def spent_by_client(
     turns: Iterable[Turn], privacy: PrivacyOptions, clients: Iterable[str]
 ) -> dict[str, ClientSpent]:
-    """Return what each client has spent over its turns; one without turns has spent ε = 0."""
+    """Return what each client has spent over its turns; one without turns has spent ε = 0.
+
+    Without a lever the turns are not gone through.
+    """
+    if privacy.first_asked is None:
+        return dict.fromkeys(clients, NO_LEVER)
     steps: dict[str, Counter[Mechanism]] = {client: Counter() for client in clients}
     rounds = Counter[str]()
     for client, summary in turns:

@@ -1,4 +1,4 @@
-"""The table at the end of a run: every client, every candidate, what was chosen, who was helped."""
+"""The table at the end of a run: clients, every candidate, what was chosen, who was helped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from pfl_lm.export.adapters import ClientResult
 from pfl_lm.export.card_sections import CANDIDATES
 from pfl_lm.privacy.spent import largest, said
 
+MOST_CLIENTS = 20
+"""How many clients have a line; of more, those that are worst off. `metrics.csv` has them all."""
+
 
 def split_shown(results: Sequence[ClientResult]) -> str:
     """Return the split the table is about: test, unless no client has test rows."""
@@ -24,10 +27,18 @@ def split_shown(results: Sequence[ClientResult]) -> str:
 
 
 def client_table(results: Sequence[ClientResult]) -> Group:
-    """Lay out final scores in nats a supervised token; the last column is against the backbone."""
+    """Lay out final scores in nats a supervised token; the last column is against the backbone.
+
+    Of many clients the worst off have a line, worst first; the means are over all of them.
+    """
     split = split_shown(results)
     candidates = _candidates(results)
-    title = f"{split} loss, nats a supervised token (lower is better)"
+    title = [f"{split} loss, nats a supervised token (lower is better)"]
+    listed = results
+    if len(results) > MOST_CLIENTS:
+        listed = sorted(results, key=lambda result: -_own_loss(result, split))[:MOST_CLIENTS]
+        told = f"the {MOST_CLIENTS} of {len(results)} clients that are worst off"
+        title.append(f"{told}; metrics.csv has all")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("client", overflow="fold")
     for candidate in candidates:
@@ -35,7 +46,7 @@ def client_table(results: Sequence[ClientResult]) -> Group:
     table.add_column("its model", no_wrap=True)
     table.add_column("vs base", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    for result in results:
+    for result in listed:
         scores = result.scores.get(split, {})
         shown = [_number(scores.get(candidate)) for candidate in candidates]
         gain, verdict = _verdict(result, split)
@@ -45,7 +56,7 @@ def client_table(results: Sequence[ClientResult]) -> Group:
     mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
     table.add_section()
     table.add_row(Text("mean"), *map(_number, means), "", mean_gain, "")
-    return Group(Text(title), table)  # a table's own title would wrap at the table's width
+    return Group(*map(Text, title), table)  # a table's own title would wrap at the table's width
 
 
 def summary_lines(results: Sequence[ClientResult], folder: Path) -> list[str]:
@@ -81,11 +92,11 @@ def privacy_lines(results: Sequence[ClientResult]) -> list[str]:
 def worst_client(results: Sequence[ClientResult]) -> ClientResult:
     """Return the result of the client whose own model has the highest loss."""
     split = split_shown(results)
+    return max(results, key=lambda result: _own_loss(result, split))
 
-    def own(result: ClientResult) -> float:
-        return result.scores.get(split, {}).get(result.choice.candidate, -math.inf)
 
-    return max(results, key=own)
+def _own_loss(result: ClientResult, split: str) -> float:
+    return result.scores.get(split, {}).get(result.choice.candidate, -math.inf)
 
 
 def gain_over_base(result: ClientResult, split: str) -> float | None:

@@ -195,6 +195,25 @@ def test_the_table_says_who_was_helped_and_who_was_not() -> None:
     ]
 
 
+def test_of_many_clients_the_table_lists_the_worst_off_and_names_the_file_with_the_rest() -> None:
+    losses = [(37 * i % 10_000) / 1000 for i in range(10_000)]
+    results = [client(f"c{i}", "local", base=5.0, local=loss) for i, loss in enumerate(losses)]
+    title, told, head, *listed, mean = lines_of(results)
+    assert title == "test loss, nats a supervised token (lower is better)"
+    assert told == "the 20 of 10000 clients that are worst off; metrics.csv has all"
+    assert head.startswith("client base local")
+    worst = [losses.index(k / 1000) for k in range(9999, 9979, -1)]
+    assert [line.split()[0] for line in listed] == [f"c{i}" for i in worst]
+    assert mean == "mean 5.000 5.000 -0.001"
+
+
+def test_as_many_clients_as_fit_are_listed_in_their_own_order() -> None:
+    results = [client(f"c{i}", "local", base=5.0, local=float(i)) for i in range(20)]
+    title, _, *listed, _ = lines_of(results)
+    assert title.endswith("(lower is better)")
+    assert [line.split()[0] for line in listed] == [f"c{i}" for i in range(20)]
+
+
 def test_the_last_lines_count_and_say_what_to_do_next() -> None:
     assert summary_lines(FOUR, Path("/runs/tiny")) == [
         "1 of 3 clients helped, 1 hurt, 1 unchanged; worst off: cleo, 4.000",

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from pfl_lm.data import federated
+from pfl_lm.data import tokenizing
 from pfl_lm.data.content import PromptCompletion, Text
-from pfl_lm.data.federated import Counts, FederatedDataset
+from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.sources import Record, read_records
 from pfl_lm.data.splits import ClientRows, split_clients
+from pfl_lm.data.tokenizing import Counts
 from pfl_lm.errors import DataError, ModelError
 from tests.data.files import Options, write
 from tests.data.templates import render
@@ -56,6 +57,15 @@ def test_from_a_file_to_examples(clients_jsonl: Path, tiny_tokenizer, decoded):
         assert sorted(said) == sorted(mine)
 
 
+def test_equal_tokens_of_all_clients_are_one_object(tiny_tokenizer):
+    clients = {c: ClientRows(rows(c, "x", "y"), rows(c, "z"), ()) for c in ("a", "b", "c")}
+    dataset = FederatedDataset.build(clients, tiny_tokenizer, 256)
+    examples = [e for client in dataset for e in (*client.train, *client.validation)]
+    tokens = [token for example in examples for token in example.input_ids]
+    assert max(tokens) > 256  # Python itself keeps one object of each smaller one
+    assert len({id(token) for token in tokens}) == len(set(tokens))
+
+
 def test_test_rows_are_tokenized_only_when_asked(tiny_tokenizer, monkeypatch):
     rendered = []
 
@@ -63,7 +73,7 @@ def test_test_rows_are_tokenized_only_when_asked(tiny_tokenizer, monkeypatch):
         rendered.append(content.completion)
         return render(tokenizer, content.prompt, content.completion)
 
-    monkeypatch.setattr(federated, "render", spy)
+    monkeypatch.setattr(tokenizing, "render", spy)
     data = {"a": ClientRows(rows("a", "one"), rows("a", "two"), rows("a", "three", split="test"))}
 
     dataset = FederatedDataset.build(data, tiny_tokenizer, 256)

@@ -135,6 +135,15 @@ def test_a_row_of_this_client_and_another_is_not_found_elsewhere_by_itself(previ
     assert preview(rows)["a"].elsewhere == train > 0
 
 
+def test_one_client_is_shown_as_it_is_among_all(
+    preview: Any, clients: Any, tiny_tokenizer: Any
+) -> None:
+    rows = [row(client, f"number {i}") for client in ("a", "b", "c") for i in range(6)]
+    everybody = preview(rows)
+    assert everybody["b"].elsewhere
+    assert preview_clients(clients(rows), tiny_tokenizer, 128, shown=["b"]) == [everybody["b"]]
+
+
 def test_the_example_is_the_first_that_is_trained_on_as_it_is_trained_on(preview: Any) -> None:
     rows = [row("a", f"dropped {i}" + LONG) for i in range(1)]
     rows += [row("a", f"number {i}", answer="so" + LONG) for i in range(6)]

@@ -159,6 +159,17 @@ def test_a_dry_run_lists_and_sends_nothing(run_folder: Path, hub: FakeHub) -> No
     assert lines[6] == "dry run: nothing was sent"
 
 
+def test_a_dry_run_of_many_files_lists_the_first(
+    run_folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfl_lm.cli.push.MOST_FILES", 4)
+    _, stdout, _ = push(run_folder, "--dry-run")
+    lines = stdout.splitlines()
+    assert [line.split()[-1].split("/")[0] for line in lines[:4]] == ["clients"] * 4
+    assert lines[4] == "and 7 more"
+    assert lines[5].startswith("would send 11 files, ")
+
+
 def test_a_dry_run_leaves_out_what_is_there(run_folder: Path, hub: FakeHub) -> None:
     push(run_folder, "--clients", "alice")
     hub.forget()

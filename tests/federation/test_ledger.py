@@ -123,7 +123,7 @@ def test_starting_over_forgets_all_but_who_takes_part(ledger: Ledger) -> None:
     assert ledger.start_over(learning_rate="0.5") == ["a-1", "server-0", "up-a-1"]
     assert ledger.about()["learning_rate"] == "0.5"
     assert ledger.members() == CLIENTS
-    assert ledger.live_files() == ledger.scores() == []
+    assert ledger.live_files() == list(ledger.scores()) == []
     assert (ledger.last_round(), ledger.cohort(1), ledger.faults(1)) == (None, None, {})
 
 
@@ -164,7 +164,7 @@ def test_a_commit_that_is_interrupted_leaves_nothing_half(ledger: Ledger) -> Non
             ("INSERT INTO run VALUES (?, ?)", [("half", "a run")]),
             ("INSERT INTO scores VALUES (1, 'a', ?, 'x', 1, 1, 1)", ([s.split] for s in some())),  # type: ignore[arg-type]
         )
-    assert ledger.scores() == []
+    assert list(ledger.scores()) == []
     ledger.commit_scores(scored(1, "b", score("local")))
     assert dict(rows(ledger, "SELECT * FROM run")).keys() == {"name", "method"}
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_so_and_leaves_nothing_half(ledger: Ledger) -> None:
         f"{ledger.path}: cannot be written: database or disk is full\n"
         "  hint: make room on this disk; what was committed before is intact"
     )
-    assert ledger.scores() == []
+    assert list(ledger.scores()) == []
     assert ledger.state_file("a") == file("a-1")
     ledger._connection.execute(f"PRAGMA max_page_count = {pages + 100}")
     ledger.commit_scores(scored(1, "a", score("local")))

@@ -126,7 +126,7 @@ def test_a_ledger_of_version_1_is_brought_along(tmp_path: Path) -> None:
     assert (ledger.last_round(), ledger.cohort(1)) == (1, ["a"])
     assert ledger.live_files() == [file("a-1"), file("server-1")]
     assert ledger.turns(1)[0].upload == file("up-a-1")
-    assert ledger.scores() == [(1, "a", "validation", "local", 1.25)]
+    assert list(ledger.scores()) == [(1, "a", "validation", "local", 1.25)]
     assert (ledger.choices()["a"].candidate, ledger.chosen(1)) == ("local", {"a"})
     ledger.close()
 

@@ -15,7 +15,7 @@ def test_scores_come_in_order_and_to_the_bit(ledger: Ledger) -> None:
     ledger.commit_scores(scored(10, "a", score("realigned", 0.1 + 0.2)))
     ledger.commit_scores(scored(2, "b", score("local"), Score("test", "base", math.inf, 2, 5)))
     ledger.commit_scores(scored(2, "a", score("local"), score("base")))
-    assert ledger.scores() == [
+    assert list(ledger.scores()) == [
         (2, "a", "validation", "base", 1.25),
         (2, "a", "validation", "local", 1.25),
         (2, "b", "test", "base", math.inf),
@@ -23,6 +23,14 @@ def test_scores_come_in_order_and_to_the_bit(ledger: Ledger) -> None:
         (10, "a", "validation", "realigned", 0.1 + 0.2),
     ]
     assert rows(ledger, "SELECT rows, tokens FROM scores WHERE split = 'test'") == [(2, 5)]
+
+
+def test_scores_and_summaries_are_read_row_by_row(ledger: Ledger) -> None:
+    for client in ("a", "b"):
+        turn(ledger, client, 1)
+        ledger.commit_scores(scored(1, client, score("local")))
+    assert next(ledger.scores())[1] == next(ledger.summaries())[0] == "a"
+    assert next(ledger.turn_summaries())[1:] == ("a", {"loss_first": 1.0, "loss_last": 0.5})
 
 
 def test_final_scores_are_those_of_the_round_of_the_choice(ledger: Ledger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ def test_clients_compose_over_the_rounds_they_took_part_in() -> None:
         spent({(1.1, 1 / 3): 1}, 1e-5), spent({(4.0, 1.0): 1}, 1e-3)
     )
     assert spent_by_client(turns, PrivacyOptions(), "ab") == {"a": NO_LEVER, "b": NO_LEVER}
+
+
+def test_without_a_lever_no_turn_is_read() -> None:
+    def turns() -> Iterator[tuple[str, dict[str, float]]]:
+        pytest.fail("there may be as many as clients times rounds")
+        yield "a", {}
+
+    assert spent_by_client(turns(), PrivacyOptions(), "a") == {"a": NO_LEVER}
 
 
 def test_a_turn_that_notes_no_noise_has_no_bound() -> None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -60,15 +61,15 @@ class RankFleet:
     def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
         """Carry the tasks out, one wave after another; updates come in the order of the tasks.
 
+        A wave's tasks are asked for when the updates of the wave before were taken.
+
         Raises:
             PflError: a client's task failed for a reason the user can mend.
             RankError: a rank failed otherwise.
         """
-        waiting = list(tasks)
-        n = self.accelerator.num_processes
-        for first in range(0, len(waiting), n):
-            tasks_now = tuple(_task_on(task, _CPU) for task in waiting[first : first + n])
-            wave = _Wave(self.side.training, tasks_now)
+        coming = iter(tasks)
+        while now := tuple(islice(coming, self.accelerator.num_processes)):
+            wave = _Wave(self.side.training, tuple(_task_on(task, _CPU) for task in now))
             for rank, update in enumerate(self._together(wave)):
                 if rank:  # the others' work has not been counted here
                     self._count(update)

@@ -13,7 +13,7 @@ class Fleet(Protocol):
     """Where clients run. Updates may come in any order; each as soon as its task is done."""
 
     def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
-        """Carry the tasks out."""
+        """Carry the tasks out, each asked for when it can begin: there may be very many."""
         ...
 
 
