@@ -351,10 +351,11 @@ class RuntimeOptions(Options):
         le=1024,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
-    trunk_cache: Literal["auto", "off"] = Field(
+    trunk_cache: Literal["auto", "memory", "off"] = Field(
         default="auto",
         description="auto: where adapters leave the lowest layers alone, run those once for each "
-        "row and remember what comes out; off: run them every time.",
+        "row and remember what comes out, in memory up to 1 GiB, then in a file without a name on "
+        "the disk of `output_dir`; memory: in memory only; off: run them every time.",
     )
     tracking: Literal["none", "tensorboard"] = Field(
         default="none",
