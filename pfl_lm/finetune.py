@@ -257,6 +257,7 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         store=fixed.store,
         watch=fixed.watch,
         base=fixed.base,
+        group_by_length=recipe.data.group_by_length,
         record_level=recipe.privacy.record_level,
         diagnose=recipe.runtime.diagnostics,
     )

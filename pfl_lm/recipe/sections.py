@@ -187,6 +187,11 @@ class DataOptions(Options):
     max_length: int = Field(
         default=512, ge=8, le=1_000_000, description="Longest example, in tokens."
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="true: rows of like length share a micro-batch, so that less is padded; what "
+        "a step learns from is then less mixed.",
+    )
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
