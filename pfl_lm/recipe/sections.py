@@ -116,6 +116,11 @@ class BackboneOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of the frozen weights; adapters are always float32."
     )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None,
+        description="What computes attention; not set: PyTorch's own `sdpa`, where the model has "
+        "it. `flash_attention_2` is a package of its own, for GPUs.",
+    )
     base_model_id: HubId | None = Field(
         default=None, description="Hub id that exported adapters name as their base model."
     )
