@@ -103,7 +103,7 @@ class StatesFile:
 
     It is read by ``pread`` into a new tensor and not through a map of its pages: a disk that fails
     then is an error to catch and not the end of the process, and pages that were read do not count
-    as memory of the process. One copy is made, as out of a map.
+    as memory of the process. Nothing but that tensor is copied.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -148,10 +148,11 @@ class StatesFile:
         done = 0
         try:
             while done < len(content):
-                n = os.preadv(self._file.fileno(), [content[done:]], place.start + done)
-                if n == 0:
+                part = os.pread(self._file.fileno(), len(content) - done, place.start + done)
+                if not part:
                     return False
-                done += n
+                content[done : done + len(part)] = part
+                done += len(part)
         except OSError:
             return False
         return zlib.crc32(content) == place.crc

@@ -198,9 +198,9 @@ def test_a_write_that_fails_only_means_that_a_row_is_made_again(
 
 
 def test_a_write_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pwrite, preadv = os.pwrite, os.preadv
+    pwrite, pread = os.pwrite, os.pread
     monkeypatch.setattr("pfl_lm.model.states.os.pwrite", lambda f, c, at: pwrite(f, c[:5], at))
-    monkeypatch.setattr("pfl_lm.model.states.os.preadv", lambda f, c, at: preadv(f, [c[0][:3]], at))
+    monkeypatch.setattr("pfl_lm.model.states.os.pread", lambda f, n, at: pread(f, min(n, 3), at))
     file = StatesFile(tmp_path)
     for key, row in zip(KEYS, ROWS, strict=True):
         file.append(key, made(row))
@@ -217,7 +217,7 @@ def test_a_read_that_fails_only_means_that_a_row_is_made_again(
     assert file is not None
     assert file._file is not None
     if fault == "error":
-        monkeypatch.setattr("pfl_lm.model.states.os.preadv", broken)
+        monkeypatch.setattr("pfl_lm.model.states.os.pread", broken)
     elif fault == "bit":
         os.pwrite(file._file.fileno(), b"\x55", file._of[next(iter(file._of))].start + 11)
     else:
