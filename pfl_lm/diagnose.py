@@ -32,6 +32,7 @@ from pfl_lm.federation.opening import refuse_other_backbone
 from pfl_lm.layout import Vector
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import load_backbone
+from pfl_lm.model.states import TrunkStates
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.resume import glance, run_clients
 from pfl_lm.seeds import derive_seed
@@ -104,7 +105,8 @@ def client_figures(
     refuse_other_backbone(about, {"backbone": backbone.fingerprint}, folder)
     dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length)
     seed = derive_seed(recipe.seed, "adapter")
-    with closing(Adapter(backbone, recipe.adapter, seed=seed)) as adapter:
+    trunk = None if recipe.runtime.trunk_cache == "off" else TrunkStates()
+    with closing(Adapter(backbone, recipe.adapter, seed=seed, trunk=trunk)) as adapter:
         prior = adapter.read()
         for client, entry in sorted(index.clients.items()):
             vector = exported_vector(folder, entry, adapter)

@@ -42,7 +42,7 @@ from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
-from pfl_lm.model.trunk import TrunkStates
+from pfl_lm.model.states import TrunkStates, states_of
 from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
 from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
@@ -113,7 +113,7 @@ def finetune(
             ready.backbone,
             recipe.adapter,
             seed=derive_seed(recipe.seed, "adapter"),
-            trunk=ready.trunk if recipe.runtime.trunk_cache == "auto" else None,
+            trunk=None if recipe.runtime.trunk_cache == "off" else ready.trunk,
         )
 
     # one rank converts what has to be converted
@@ -147,7 +147,7 @@ def load_common(
     for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
         watch.note(told)
     _note_idle_rule(dataset, recipe, watch)
-    return Common(backbone, dataset)
+    return Common(backbone, dataset, trunk=states_of(recipe.runtime))
 
 
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume: bool) -> RunResult:
@@ -257,6 +257,7 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         store=fixed.store,
         watch=fixed.watch,
         base=fixed.base,
+        group_by_length=recipe.data.group_by_length,
         record_level=recipe.privacy.record_level,
         diagnose=recipe.runtime.diagnostics,
     )

@@ -127,6 +127,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"about {size(disk.at_end)} of tensors at the end, {size(disk.at_most)} at most, "
         f"in {len(disk.files)} files",
     )
+    if plan.spilled:
+        yield "", f"up to {size(plan.spilled)} more while it runs: rows that memory cannot remember"
 
 
 def _up_to(least: int, most: int) -> str:

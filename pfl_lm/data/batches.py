@@ -1,12 +1,14 @@
 """From examples to batches: padding, labels, and the order in which a client's rows are seen.
 
 The loss is a sum over tokens, so each micro-batch of training carries the number of supervised
-tokens in its accumulation window: the micro-batches that together make one optimizer step.
+tokens in its accumulation window: the micro-batches that together make one optimizer step. Which
+rows of a window share a micro-batch is nobody's business but the padding's: those of like length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,9 @@ from pfl_lm.data.examples import Example
 
 IGNORED = -100
 """The label of a token that does not count in the loss, as Hugging Face and PyTorch have it."""
+
+_MEGA = 8
+"""Micro-batches among whose rows those of like length are put together."""
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
@@ -59,12 +64,19 @@ def training_batches(
     batch_size: int,
     pad_token_id: int,
     seed: int,
+    group_by_length: bool = False,
 ) -> DataLoader[dict[str, Tensor | int]]:
     """Make the ``steps * accumulation`` micro-batches of one client turn.
 
-    They walk through the rows in shuffled passes without replacement. No row is left out: the last
-    micro-batch of a pass may be smaller, and no micro-batch reaches over two passes. The order
-    depends on ``seed`` alone, and PyTorch's global generator is left as it was.
+    They walk through the rows in shuffled passes without replacement. No row is left out, and a
+    pass has one smaller micro-batch if its rows are no multiple of ``batch_size``: the last, but
+    for ``group_by_length``. The rows of an optimizer step are dealt out to its micro-batches from
+    the longest to the shortest. The order depends on ``seed`` alone, and PyTorch's global generator
+    is left as it was.
+
+    With ``group_by_length`` rows of like length come together across steps too: every `_MEGA`
+    micro-batches of a pass are made anew of their rows in order of length. A pass then takes its
+    micro-batches in shuffled order, since a turn may be over before the pass is.
 
     Returns:
         A loader of what ``collate`` makes, plus ``window_tokens``: an int, the supervised tokens of
@@ -81,7 +93,10 @@ def training_batches(
             f"got {steps}, {accumulation} and {batch_size}"
         )
     generator = torch.Generator().manual_seed(seed)
-    rows = _shuffled_passes(len(examples), steps * accumulation, batch_size, generator)
+    lengths = [len(example.input_ids) for example in examples]
+    mega = _MEGA if group_by_length else 1
+    rows = _shuffled_passes(lengths, steps * accumulation, batch_size, generator, mega)
+    rows = _by_length_in_windows(rows, lengths, accumulation)
     batches = _MicroBatches(examples, rows, accumulation, pad_token_id)
     # Iterating a DataLoader draws a number, which without a generator comes from the global one.
     return DataLoader(batches, batch_size=None, shuffle=False, num_workers=0, generator=generator)
@@ -95,20 +110,47 @@ def evaluation_batches(
     Rows of like length share a batch, which saves padding; the positions bring the scores back in
     order.
     """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    order = longest_first(range(len(examples)), [len(example.input_ids) for example in examples])
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, collate([examples[i] for i in chosen], pad_token_id)
 
 
+def longest_first(rows: Iterable[int], lengths: Sequence[int]) -> list[int]:
+    """Return rows in order of length; equally long ones stay in theirs."""
+    return sorted(rows, key=lambda i: -lengths[i])
+
+
 def _shuffled_passes(
-    n_rows: int, n_batches: int, batch_size: int, generator: torch.Generator
+    lengths: Sequence[int], n_batches: int, batch_size: int, generator: torch.Generator, mega: int
 ) -> list[list[int]]:
+    n_rows = len(lengths)
     batches: list[list[int]] = []
     while len(batches) < n_batches:
         order = torch.randperm(n_rows, generator=generator).tolist()
-        batches += [order[start : start + batch_size] for start in range(0, n_rows, batch_size)]
+        if mega > 1:
+            starts = range(0, n_rows, mega * batch_size)
+            parts = [order[start : start + mega * batch_size] for start in starts]
+            order = [row for part in parts for row in longest_first(part, lengths)]
+        cut = [order[start : start + batch_size] for start in range(0, n_rows, batch_size)]
+        if mega > 1:
+            cut = [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+        batches += cut
     return batches[:n_batches]
+
+
+def _by_length_in_windows(
+    batches: list[list[int]], lengths: Sequence[int], accumulation: int
+) -> list[list[int]]:
+    """Return micro-batches of the same sizes, those of each window with its rows by length."""
+    if accumulation == 1:
+        return batches
+    dealt: list[list[int]] = []
+    for start in range(0, len(batches), accumulation):
+        window = batches[start : start + accumulation]
+        rows = iter(longest_first(chain.from_iterable(window), lengths))
+        dealt += [list(islice(rows, len(batch))) for batch in window]
+    return dealt
 
 
 class _MicroBatches(Dataset[dict[str, Tensor | int]]):

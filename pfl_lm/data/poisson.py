@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pfl_lm.data.batches import collate
+from pfl_lm.data.batches import collate, longest_first
 from pfl_lm.data.examples import Example
 
 
@@ -64,6 +64,7 @@ class _Steps(Dataset[dict[str, Any]]):
         pad_token_id: int,
     ) -> None:
         self._examples = examples
+        self._lengths = [len(example.input_ids) for example in examples]
         self._rows = rows
         self._batch_size = batch_size
         self._pad_token_id = pad_token_id
@@ -72,7 +73,10 @@ class _Steps(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        chosen = [self._examples[i] for i in self._rows[index]]
+        rows = self._rows[index]
+        if len(rows) > self._batch_size:
+            rows = longest_first(rows, self._lengths)
+        chosen = [self._examples[i] for i in rows]
         starts = range(0, len(chosen), self._batch_size)
         batches = [chosen[start : start + self._batch_size] for start in starts]
         return {"micro_batches": [collate(batch, self._pad_token_id) for batch in batches]}

@@ -51,6 +51,7 @@ class ClientSide:
     pad_token_id: int
     store: Store
     watch: Watch
+    group_by_length: bool = False
     record_level: RecordLevelOptions | None = None
     diagnose: bool = False
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class ClientSide:
             pad_token_id=self.pad_token_id,
             seed=seed,
             on_step=self.watch.step,
+            group_by_length=self.group_by_length,
             private=private,
             diagnostics=TurnDiagnostics(self.adapter.layout) if self.diagnose else None,
         )

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from pfl_lm.errors import ExportError, ModelError
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
-from pfl_lm.model.trunk import TrunkStates, trunk_of
+from pfl_lm.model.states import TrunkStates
+from pfl_lm.model.trunk import trunk_of
 from pfl_lm.recipe.scalars import brief
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ class Adapter:
         ):
             parameter.data = view
         self.zero_grad()
-        modules = [entry.module for entry in self.layout.entries]
-        self._trunk = None if trunk is None else trunk_of(self.model, modules, trunk)
+        entries = self.layout.entries
+        self._trunk = None if trunk is None else trunk_of(self.model, entries, trunk)
         self.forward = self.model if self._trunk is None else self._trunk
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ code that comes with a model is never run.
 from __future__ import annotations
 
 import hashlib
+import platform
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,8 +88,9 @@ def load_backbone(
             revision=options.revision,
             dtype=pick_dtype(options.dtype, device),
             use_safetensors=True,
+            attn_implementation=options.attn_implementation,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise not_loaded(source, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -112,8 +114,8 @@ def _fingerprint(model: Any) -> str:
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """Return the precision of the frozen weights: as asked, or what this device is good at.
 
-    ``auto`` is bfloat16 on GPUs and CPUs that multiply it natively, float32 elsewhere. The adapter
-    and everything a method keeps are float32 in any case.
+    ``auto`` is bfloat16 on GPUs and CPUs that multiply it natively (x86: with AVX512-BF16 or AMX),
+    float32 elsewhere. The adapter and everything a method keeps are float32 in any case.
     """
     if wanted != "auto":
         dtype = getattr(torch, wanted)
@@ -122,10 +124,17 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        native = _cpu_multiplies_bfloat16()
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; what mkldnn supports, it may only emulate."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:

@@ -1,15 +1,33 @@
-"""Logits where they are wanted, and nowhere else.
+"""Logits where they are wanted, and no more of them at a time than memory should hold.
 
 A vocabulary of 50,000 makes the head a fifth of a small model's forward, and its logits most of the
-memory. Only positions that predict a supervised token have a loss, so only those go through it.
+memory. Only positions that predict a supervised token have a loss, so only those go through it; and
+where they are many, they go through it in parts, each with its own way back:
+
+    part of n positions   states (n, hidden) → logits (n, vocab) → losses (n,), d loss / d states
+
+Of a part nothing stays but its last two. That is right for a model whose logits are plainly what
+its head makes of its states, which is looked at in every forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+MOST_LOGITS = 2**25
+"""How many numbers the logits of a part have at most: 128 MiB in float32."""
+
+_BENT: WeakSet[nn.Module] = WeakSet()
+"""Heads of models that were seen to do something to their logits after the head."""
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
@@ -22,7 +40,7 @@ def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tenso
 
     What a model does to logits after its head, such as scaling them, it does to each by itself.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     narrowed = False
 
     def narrow(module: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor] | None:
@@ -33,7 +51,7 @@ def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tenso
         states: Tensor = given[0]
         return (states.flatten(0, 1)[positions].unsqueeze(0),)
 
-    if type(head) is not nn.Linear:  # one with an adapter has to see every token
+    if head is None:
         logits: Tensor = model(**inputs).logits
     else:
         handle = head.register_forward_pre_hook(narrow)
@@ -42,3 +60,99 @@ def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tenso
         finally:
             handle.remove()
     return logits[0] if narrowed else logits.flatten(0, 1)[positions]
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The states at some positions, ``(n, hidden)``, and the frozen head above them."""
+
+    states: Tensor
+    head: nn.Linear
+
+    def logits(self) -> Iterator[Tensor]:
+        """Yield the logits part by part, in order, ``(at most so many, vocab)``."""
+        for part in torch.split(self.states, self._positions):
+            yield self.head(part.unsqueeze(0))[0]
+
+    def nll(self, wanted: Tensor) -> Tensor:
+        """Return the negative log-likelihood of ``wanted``, ``(n,)`` int64; in nats, ``(n,)``.
+
+        The way back of every part is gone before the next part begins.
+        """
+        nll: Tensor = _InParts.apply(self.states, self.head, wanted, self._positions)  # type: ignore[no-untyped-call]
+        return nll
+
+    @property
+    def _positions(self) -> int:
+        return max(1, MOST_LOGITS // self.head.out_features)
+
+
+def top_of(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Top | None:
+    """Return what ``logits_at`` would send through the head; None if it need not be cut up.
+
+    It need not be if all of the logits are few enough; and it cannot be if the model does more to
+    them than its head does, or trains its head. That is seen once the model has run, so of such a
+    model the first forward is in vain.
+    """
+    head = _head(model)
+    if head is None or len(positions) * head.out_features <= MOST_LOGITS or head in _BENT:
+        return None
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    states: list[Tensor] = []
+    made: list[tuple[Tensor, int]] = []
+
+    def only_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor] | None:
+        if len(given) != 1:
+            return None
+        states.append(given[0].flatten(0, 1)[positions])
+        return (states[-1][:1].unsqueeze(0),)
+
+    def note(module: nn.Module, given: Any, logits: Tensor) -> None:
+        made.append((logits, logits._version))
+
+    handles = head.register_forward_pre_hook(only_first), head.register_forward_hook(note)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(states) == len(made) == 1 and made[0][0] is logits and made[0][1] == logits._version:
+        return Top(states[0], head)
+    _BENT.add(head)
+    return None
+
+
+def _head(model: Any) -> nn.Linear | None:
+    """Return a model's head if it is a plain linear one: with an adapter it has to see all."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if type(head) is nn.Linear else None
+
+
+class _InParts(torch.autograd.Function):
+    """Token losses from states; what goes back to them is computed on the way, part by part."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, states: Tensor, head: nn.Linear, wanted: Tensor, n: int) -> Tensor:
+        trained = ctx.needs_input_grad[0]
+        losses: list[Tensor] = []
+        grads: list[Tensor] = []
+        for part, answers in zip(torch.split(states, n), torch.split(wanted, n), strict=True):
+            with torch.set_grad_enabled(trained):
+                own = part.detach().requires_grad_(trained)
+                logits = head(own.unsqueeze(0))[0].float()
+                nll = F.cross_entropy(logits, answers, reduction="none")
+                if trained:
+                    grads += torch.autograd.grad(nll.sum(), own)
+            losses.append(nll.detach())
+            del logits, nll
+        ctx.save_for_backward(*((torch.cat(grads),) if trained else ()))
+        return torch.cat(losses)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (grads,) = ctx.saved_tensors
+        return (grads * upstream.unsqueeze(1)).to(grads.dtype), None, None, None

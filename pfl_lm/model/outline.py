@@ -102,8 +102,10 @@ def outline_backbone(source: Source, options: BackboneOptions, dtype: torch.dtyp
     stored = _stored_dtype(source, config)  # before the model writes its own into it
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=options.attn_implementation
+            )
+    except (ValueError, KeyError, ImportError) as error:
         raise _explained(source.place, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False

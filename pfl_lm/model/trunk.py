@@ -11,49 +11,20 @@ bit for bit. Against the plain model a batch of several rows differs in rounding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-MOST_BYTES = 2**30
-"""How much is remembered; beyond it, what was made first is forgotten first."""
-
-Row = tuple[int, ...]
+from pfl_lm.layout import Entry
+from pfl_lm.model.states import Row, TrunkStates
 
 
 class _ReachedError(Exception):
     """The top of the trunk was reached; what is above it need not run."""
-
-
-class TrunkStates:
-    """The states that were made, by row: ``(tokens, hidden)`` in the backbone's dtype.
-
-    They are of one backbone, on its device; ``depth`` is the number of layers they have gone
-    through, and another depth forgets them all.
-    """
-
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self.most_bytes = most_bytes
-        self.depth = 0
-        self.n_bytes = 0
-        self._of: dict[Row, Tensor] = {}
-
-    def of(self, depth: int, row: Row, make: Callable[[Row], Tensor]) -> Tensor:
-        """Return a row's states, made now if they are not there."""
-        if depth != self.depth:
-            self._of.clear()
-            self.depth, self.n_bytes = depth, 0
-        found = self._of.get(row)
-        if found is None:
-            found = make(row)
-            self._of[row] = found
-            self.n_bytes += found.nbytes
-            while self.n_bytes > self.most_bytes and len(self._of) > 1:
-                self.n_bytes -= self._of.pop(next(iter(self._of))).nbytes
-        return found
 
 
 class Trunk:
@@ -99,15 +70,13 @@ class Trunk:
     @torch.no_grad()
     def _made(self, row: Row) -> Tensor:
         ids = torch.tensor([row], device=self.model.device)
-        training = self.model.training
         self._making = True
         try:
-            self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except _ReachedError as reached:
             states: Tensor = reached.args[0]
         finally:
             self._making = False
-            self.model.train(training)
         return states[0].clone()
 
     @contextmanager
@@ -130,8 +99,8 @@ class Trunk:
         return handed_on
 
 
-def trunk_of(model: Any, adapted: Iterable[str], states: TrunkStates) -> Trunk | None:
-    """Return a model's trunk below the modules ``adapted``; None if it has none that can be used.
+def trunk_of(model: Any, adapted: Sequence[Entry], states: TrunkStates) -> Trunk | None:
+    """Return a model's trunk below the matrices ``adapted``; None if it has none that can be used.
 
     It can be if all of them lie in the model's one list of layers, above the first; nothing in the
     model is random while it trains; and a row by itself gives the same logits to the bit, rows that
@@ -150,43 +119,45 @@ def trunk_of(model: Any, adapted: Iterable[str], states: TrunkStates) -> Trunk |
     return None
 
 
-def bytes_remembered(model: Any, adapted: Iterable[str], n_tokens: int) -> int:
-    """Return what the states of rows of ``n_tokens`` in all would take, at most `MOST_BYTES`."""
+def bytes_of_states(model: Any, adapted: Sequence[Entry], n_tokens: int) -> int:
+    """Return what the states of rows of ``n_tokens`` in all take; 0 if there is no trunk."""
     _, depth = _below(model, adapted)
     if depth < 1:
         return 0
     states: Tensor = model.get_input_embeddings().weight
-    return min(MOST_BYTES, n_tokens * states.shape[1] * states.dtype.itemsize)
+    return n_tokens * states.shape[1] * states.dtype.itemsize
 
 
-def _below(model: Any, adapted: Iterable[str]) -> tuple[nn.ModuleList | None, int]:
-    """Return a model's layers, and how many of them lie below all adapted modules."""
+def _below(model: Any, adapted: Sequence[Entry]) -> tuple[nn.ModuleList | None, int]:
+    """Return a model's layers, and how many of them lie below all adapted matrices."""
     name, layers = _layers(model)
-    depth = min((_index(module, name) for module in adapted), default=0)
-    return layers, 0 if depth and _is_random(model) else depth
+    if layers is None or not all(entry.module.startswith(f"{name}.") for entry in adapted):
+        return None, 0
+    depth = min((entry.layer or 0 for entry in adapted), default=0)
+    return layers, 0 if _is_random(model, layers[:depth]) else depth
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList | None]:
-    """Return the name of the list with as many modules as the model says it has layers."""
+    """Return the name of the list with as many modules as the model says it has layers.
+
+    A list within a numbered module is none: what stands in it, an `Entry` would count elsewhere.
+    """
     n = getattr(model.config, "num_hidden_layers", None)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n
+        and not any(part.isdigit() for part in name.split("."))
     ]
     return found[0] if len(found) == 1 else ("", None)
 
 
-def _index(module: str, layers: str) -> int:
-    """Return which layer a module lies in; 0, below which there is no trunk, if in none."""
-    if not layers or not module.startswith(f"{layers}."):
-        return 0
-    return int(module[len(layers) + 1 :].split(".")[0])
-
-
-def _is_random(model: Any) -> bool:
+def _is_random(model: Any, layers: Iterable[nn.Module]) -> bool:
     """Whether a forward of the frozen model draws numbers while it trains."""
-    rates = (value for key, value in model.config.to_dict().items() if "drop" in key)
+    rates = [value for key, value in model.config.to_dict().items() if "drop" in key]
+    modules = (module for layer in layers for module in layer.modules())
+    rates += [module.p for module in modules if isinstance(module, _DropoutNd)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

@@ -17,7 +17,8 @@ from pfl_lm.methods import METHODS, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import pick_dtype
 from pfl_lm.model.outline import find_source, outline_backbone
-from pfl_lm.model.trunk import bytes_remembered
+from pfl_lm.model.states import MOST_BYTES
+from pfl_lm.model.trunk import bytes_of_states
 from pfl_lm.plan.files import Disk, planned_disk
 from pfl_lm.plan.memory import Memory, process_bytes, vector_bytes
 from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
@@ -57,6 +58,8 @@ class Plan:
         steps: optimizer steps of all rounds and clients.
         spent: the most that any client's data will have spent of privacy.
         memory: None if this backbone's code asks for numbers, which a plan has not got.
+        spilled: bytes that each process will want for rows that memory has no room to remember, in
+            a file without a name; it gets what leaves half of the disk's room free.
     """
 
     device: torch.device
@@ -70,6 +73,7 @@ class Plan:
     spent: ClientSpent
     memory: Memory | None
     disk: Disk
+    spilled: int
 
 
 def make_plan(
@@ -104,6 +108,7 @@ def make_plan(
     taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()
     sizes = [len(chosen) for chosen in taking_part]
     blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, say)
+    trunk = _trunk(adapter, recipe, dataset)
     memory = None
     if blocks is not None:
         memory = Memory(
@@ -111,7 +116,7 @@ def make_plan(
             weights=parameters * dtype.itemsize,
             file=0 if outline.stored == dtype else parameters * outline.stored.itemsize,
             vectors=vector_bytes(recipe, layout, traffic, max(sizes)),
-            trunk=_trunk(adapter, recipe, dataset),
+            trunk=min(trunk, MOST_BYTES),
             blocks=blocks,
             on_host=device.type == "cpu",
         )
@@ -127,6 +132,7 @@ def make_plan(
         spent=_planned_spending(recipe, clients, taking_part),
         memory=memory,
         disk=planned_disk(recipe, dataset.client_ids, taking_part, traffic, FLOAT * layout.d),
+        spilled=max(0, trunk - MOST_BYTES) if recipe.runtime.trunk_cache == "auto" else 0,
     )
 
 
@@ -140,8 +146,7 @@ def _trunk(adapter: Adapter, recipe: Recipe, dataset: FederatedDataset) -> int:
         for examples in (client.train, client.validation, dataset.test(client.id))
         for example in examples
     }
-    modules = [entry.module for entry in adapter.layout.entries]
-    return bytes_remembered(adapter.model, modules, sum(map(len, rows)))
+    return bytes_of_states(adapter.model, adapter.layout.entries, sum(map(len, rows)))
 
 
 def _client(client: ClientData, recipe: Recipe, fits: int) -> ClientPlan:

@@ -94,6 +94,11 @@ class DataOptions(Options):
         description="What becomes of a longer one: it loses its end, or is left out, or nothing "
         "runs; how many there are is said.",
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="true: rows of like length share a micro-batch, so that less is padded; what "
+        "a step learns from is then less mixed.",
+    )
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:

@@ -116,6 +116,11 @@ class BackboneOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of the frozen weights; adapters are always float32."
     )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None,
+        description="What computes attention; not set: PyTorch's own `sdpa`, where the model has "
+        "it. `flash_attention_2` is a package of its own, for GPUs.",
+    )
     base_model_id: HubId | None = Field(
         default=None, description="Hub id that exported adapters name as their base model."
     )
@@ -307,10 +312,11 @@ class RuntimeOptions(Options):
         le=1024,
         description="CPU threads of each process; not set: all cores for a single process, else 1.",
     )
-    trunk_cache: Literal["auto", "off"] = Field(
+    trunk_cache: Literal["auto", "memory", "off"] = Field(
         default="auto",
         description="auto: where adapters leave the lowest layers alone, run those once for each "
-        "row and remember what comes out; off: run them every time.",
+        "row and remember what comes out, in memory up to 1 GiB, then in a file without a name on "
+        "the disk of `output_dir`; memory: in memory only; off: run them every time.",
     )
     tracking: Literal["none", "tensorboard"] = Field(
         default="none",

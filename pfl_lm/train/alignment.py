@@ -8,6 +8,10 @@
 
 Lightning calls ``on_before_optimizer_step`` once per optimizer step, after accumulation, after the
 reduction over ranks and after unscaling, and before clipping: the gradient the moments must see.
+
+A gradient that is not finite moves nothing. Whether one is, is found out on the device and not
+asked for by the host, which on a GPU would wait for all that was queued: moments and γ are chosen
+by it, and a gradient of zero takes no step of SGD. AdamW, whose own moments would move, is told.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from pfl_lm.align import (
@@ -44,8 +48,8 @@ class AlignmentTurn:
         correction: how γ is read off the moments.
 
     Attributes:
-        current: P and γ of the step in progress; None between steps, or if it was skipped.
-        skipped: optimizer steps left out because a gradient was not finite.
+        current: P and γ of the step in progress; None between steps. Of a step that is left out, γ
+            is 0.
     """
 
     def __init__(
@@ -66,27 +70,45 @@ class AlignmentTurn:
         self.eps = eps
         self.correction: Correction = correction
         self.current: AlignmentStep | None = None
-        self.skipped = 0
-        self._taken = 0
+        self._left_out = torch.zeros((), dtype=torch.bool, device=offset.device)
+        self._seen = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=offset.device)
         self._gamma_sum = torch.zeros_like(offset)
 
-    def observe(self, grad: Vector) -> AlignmentStep | None:
-        """Take the gradient of one optimizer step; None, and nothing moves, if it is not finite."""
-        if not bool(grad.isfinite().all()):
-            self.current = None
-            self.skipped += 1
-            return None
-        self.current = alignment_step(
-            self.state,
+    def observe(self, grad: Vector) -> AlignmentStep:
+        """Take the gradient of one optimizer step. If it is not finite it becomes zero, in place.
+
+        No moment moves then. The host does not learn which it was.
+        """
+        self._left_out = ~grad.isfinite().all()
+        state = self.state
+        moments = (state.first_moment, state.second_moment, state.preconditioner)
+        before = [moment.clone() for moment in moments]
+        step = alignment_step(
+            state,
             grad,
             self.offset,
             beta=self.beta,
             eps=self.eps,
             correction=self.correction,
         )
-        self._taken += 1
+        for moment, kept in zip(moments, before, strict=True):
+            torch.where(self._left_out, kept, moment, out=moment)
+        grad.masked_fill_(self._left_out, 0.0)
+        self.current = step._replace(gamma=step.gamma.masked_fill_(self._left_out, 0.0))
+        self._seen += 1
+        self._skipped += self._left_out
         self._gamma_sum += self.current.gamma
         return self.current
+
+    def is_left_out(self) -> bool:
+        """Return whether the step in progress had a gradient that was not finite; waits for it."""
+        return bool(self._left_out)
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps left out because a gradient was not finite; waits for all of them."""
+        return int(self._skipped)
 
     def correction_taken(self) -> Vector:
         """Return Γ, the share of Δ that this turn has taken off: γ summed over its steps, by T."""
@@ -94,12 +116,13 @@ class AlignmentTurn:
 
     def summary(self) -> dict[str, float]:
         """Return what a reader of the run wants to know of this turn, as plain numbers."""
+        skipped = self.skipped
         return {
             "preconditioner_mean": float(self.state.preconditioner.mean()),
-            "gamma_mean": float(self._gamma_sum.mean() / max(self._taken, 1)),
+            "gamma_mean": float(self._gamma_sum.mean() / max(self._seen - skipped, 1)),
             "correction_mean": float(self.correction_taken().mean()),
             "offset_norm_before": float(self.offset.norm()),
-            "skipped_steps": float(self.skipped),
+            "skipped_steps": float(skipped),
         }
 
 
@@ -148,11 +171,12 @@ class GradientPreconditioner(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Feed the moments; mutate the gradients in place, or drop them if they are not finite."""
+        """Feed the moments; mutate the gradients in place: to zero if they are not finite."""
         adapter: Any = pl_module.adapter
-        if self.turn.observe(adapter.grads) is None:
+        self.turn.observe(adapter.grads)
+        if not isinstance(optimizer, SGD) and self.turn.is_left_out():
             adapter.drop_grad()
-        elif self.target == "update" and (self.enabled or self.scale != "none"):
+        if self.target == "update" and (self.enabled or self.scale != "none"):
             self._before = adapter.read()
         elif self.target == "gradient":
             self._precondition(adapter.grads, unit=1.0)

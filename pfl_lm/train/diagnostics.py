@@ -89,6 +89,7 @@ class _Fit:
         self.start = start
         self.end: Vector | None = None
         self.before: Vector | None = None
+        self.sound = True
         self.preconditioner = preconditioner
         self.gradient, self.update, self.step = _Spread(), _Spread(), _Spread()
         self.names = [WHOLE, *(REST if n is None else str(n) for n in layout.layers)]
@@ -150,7 +151,8 @@ class _Before(L.Callback):
     ) -> None:
         """Look at the gradient of this step; and note where it starts, if P is for the update."""
         adapter: Any = pl_module.adapter
-        if bool(adapter.grads.isfinite().all()):
+        self.fit.sound = bool(adapter.grads.isfinite().all())
+        if self.fit.sound:
             self.fit.gradient.add(adapter.grads)
             preconditioner = self.fit.preconditioner
             if preconditioner is not None and preconditioner.target == "update":
@@ -182,7 +184,7 @@ class _After(L.Callback):
     ) -> None:
         """Look at P, γ and, if P is for the gradient, at what it has become."""
         current = self.preconditioner.turn.current
-        if current is None:
+        if current is None or not self.fit.sound:
             return
         self.fit.takes(current.preconditioner, current.gamma)
         if self.preconditioner.target == "gradient":

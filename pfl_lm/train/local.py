@@ -46,6 +46,7 @@ class LocalTrainer:
         pad_token_id: what fills a batch up.
         seed: fixes batches and dropout; every fit of the turn sees the same ones.
         on_step: called after each optimizer step.
+        group_by_length: whether rows of like length come together in training.
         private: the record-level lever, if it is set: every fit then trains by DP-SGD.
         diagnostics: looks on at every fit, if there is one; it changes none.
 
@@ -66,6 +67,7 @@ class LocalTrainer:
         pad_token_id: int,
         seed: int,
         on_step: Callable[[], None] | None = None,
+        group_by_length: bool = False,
         private: RecordLevel | None = None,
         diagnostics: TurnDiagnostics | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class LocalTrainer:
         self.steps = steps
         self.pad_token_id = pad_token_id
         self.seed = seed
+        self.group_by_length = group_by_length
         self.private = private
         self.diagnostics = diagnostics
         self.n_examples = len(examples)
@@ -194,6 +197,7 @@ class LocalTrainer:
             batch_size=self.training.per_device_train_batch_size,
             pad_token_id=self.pad_token_id,
             seed=self.seed,
+            group_by_length=self.group_by_length,
         )
 
     def _note(self, module: PersonalizedLM, trainer: L.Trainer) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pfl_lm.data.batches import IGNORED, predicting
-from pfl_lm.model.head import logits_at
+from pfl_lm.model.head import logits_at, top_of
 
 
 def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -23,13 +24,19 @@ def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
     token at its own position, predicted from the position before. ``positions``, if it is there,
     are those that predict a supervised token, ``(n,)``, into the batch flattened.
     """
-    logits, wanted, _ = _predictions(model, batch)
+    inputs, positions, wanted = _asked(batch)
+    if (top := top_of(model, inputs, positions)) is not None:
+        return top.nll(wanted).sum()
+    logits = logits_at(model, inputs, positions).float()
     return F.cross_entropy(logits, wanted, reduction="sum")
 
 
 def nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return the negative log-likelihood of each row's supervised tokens, in nats, ``(batch,)``."""
-    logits, wanted, positions = _predictions(model, batch)
+    inputs, positions, wanted = _asked(batch)
+    if (top := top_of(model, inputs, positions)) is not None:
+        return _by_row(top.nll(wanted), positions, batch)
+    logits = logits_at(model, inputs, positions).float()
     return _by_row(F.cross_entropy(logits, wanted, reduction="none"), positions, batch)
 
 
@@ -43,19 +50,23 @@ def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
     Where a model's numbers are not finite, it is wrong.
     """
-    logits, wanted, positions = _predictions(model, batch)
-    highest, guess = logits.max(dim=-1)
+    inputs, positions, wanted = _asked(batch)
+    top = top_of(model, inputs, positions)
+    parts = [logits_at(model, inputs, positions)] if top is None else top.logits()
+    highest, guess = (
+        torch.cat(found)
+        for found in zip(*(part.float().max(dim=-1) for part in parts), strict=True)
+    )
     wrong = ((guess != wanted) | ~highest.isfinite()).float()
     return _by_row(wrong, positions, batch) / _n_supervised(batch)
 
 
-def _predictions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits ``(n, vocab)``, the tokens they should predict, and where they stand."""
+def _asked(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Return what the model is given, where it predicts, and what it should, both ``(n,)``."""
     labels: Tensor = batch["labels"]
     positions = batch["positions"] if "positions" in batch else predicting(labels)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = logits_at(model, {**inputs, "use_cache": False}, positions)
-    return logits.float(), labels.flatten()[positions + 1], positions
+    return {**inputs, "use_cache": False}, positions, labels.flatten()[positions + 1]
 
 
 def _n_supervised(batch: Mapping[str, Any]) -> Tensor:

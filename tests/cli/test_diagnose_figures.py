@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 import pfl_lm.diagnose
 from pfl_lm.diagnose import client_figures
 from pfl_lm.evaluate.pac_bayes import SIGMAS, figure, fixed_model_figure, least_figure
+from pfl_lm.model.states import Row
+from pfl_lm.model.trunk import Trunk
 from pfl_lm.resume import run_recipe
 from tests.cli.diagnosed import cli, words
 from tests.interruptions import whole
@@ -112,3 +116,28 @@ def test_no_figures_where_noise_protects_the_rows(tmp_path: Path) -> None:
         "no PAC-Bayes style figures: they read the train rows without noise, which",
         "`privacy.record_level` does not account for",
     ]
+
+
+def test_a_row_goes_through_the_layers_below_the_adapter_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many noises and σ it is measured at; and the figures stay what they are without."""
+    monkeypatch.setattr(pfl_lm.diagnose._Rows, "n", 5000)  # so that σ are measured at all
+    made: list[Row] = []
+    make = Trunk._made
+
+    def counted(self: Trunk, row: Row) -> Tensor:
+        made.append(row)
+        return make(self, row)
+
+    monkeypatch.setattr(Trunk, "_made", counted)
+    run = run_recipe(whole(tmp_path, **{"adapter.layers_to_transform": [1]}))
+    made.clear()
+    found = list(client_figures(run, 2, lambda text: None))
+    assert len(made) > 3
+    assert len(set(made)) > len(made) - 3  # but for those of the check that it can be done
+    off = run.recipe.runtime.model_copy(update={"trunk_cache": "off"})
+    without = replace(run, recipe=run.recipe.model_copy(update={"runtime": off}))
+    made.clear()
+    assert list(client_figures(without, 2, lambda text: None)) == found
+    assert made == []

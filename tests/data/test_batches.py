@@ -20,7 +20,7 @@ def marked(n):
     return [Example((100 + i, *range(i % 5 + 3)), ((1, 2 + i % 3),)) for i in range(n)]
 
 
-def loader(examples, *, steps=3, accumulation=2, batch_size=2, seed=5):
+def loader(examples, *, steps=3, accumulation=2, batch_size=2, seed=5, **how):
     return training_batches(
         examples,
         steps=steps,
@@ -28,6 +28,7 @@ def loader(examples, *, steps=3, accumulation=2, batch_size=2, seed=5):
         batch_size=batch_size,
         pad_token_id=PAD,
         seed=seed,
+        **how,
     )
 
 

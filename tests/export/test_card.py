@@ -174,6 +174,7 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
         "group_column": None,
         "validation_fraction": 0.125,
         "max_length": 512,
+        "group_by_length": False,
     }
     plain = {"parallel": "auto", "threads": None, "trunk_cache": "auto"}
     plain["tracking"] = "none"

@@ -232,3 +232,19 @@ def test_the_largest_batches_are_rehearsed(tmp_path: Path, monkeypatch: pytest.M
     assert (train.rows, device.type) == (2, "cpu")
     assert 20 < train.tokens < 128
     assert (score.rows, score.tokens) == (2, 128)
+
+
+def test_what_memory_cannot_remember_is_planned_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = {"adapter.layers_to_transform": [1]}
+    whole = planned(tmp_path / "whole", **top)
+    assert whole.memory is not None
+    assert whole.memory.trunk > 5000
+    assert whole.spilled == 0
+    monkeypatch.setattr(pfl_lm.plan.plan, "MOST_BYTES", 5000)
+    for value, spilled in (("auto", whole.memory.trunk - 5000), ("memory", 0), ("off", 0)):
+        found = planned(tmp_path / value, **top, **{"runtime.trunk_cache": value})
+        assert found.memory is not None
+        assert found.memory.trunk == (0 if value == "off" else 5000)
+        assert found.spilled == spilled

@@ -95,6 +95,11 @@ def test_client_level_and_both(tmp_path: Path) -> None:
             "`privacy.record_level` accounts for; leave it out",
         ),
         (
+            [RECORD, "data.group_by_length=true"],
+            "override data.group_by_length=true: with `privacy.record_level` chance alone draws "
+            "the rows of a step, or they would not be protected as accounted for; leave it out",
+        ),
+        (
             [CLIENT, UNIFORM, "training.learning_rate=auto"],
             "override training.learning_rate=auto: auto looks at clients' gradients and losses, "
             "which `privacy.client_level` does not cover; give a number",

@@ -36,14 +36,19 @@ def test_a_turn_forgets_the_first_moment_and_keeps_the_others() -> None:
     assert turn.state.preconditioner.tolist() == [3.0] * 3
 
 
-def test_what_a_turn_observes_stands_until_a_gradient_is_not_finite() -> None:
+def test_a_gradient_that_is_not_finite_moves_nothing_of_a_turn() -> None:
     turn = AlignmentTurn(AlignmentState.zeros(3), torch.ones(3), 4)
     assert turn.current is None
     step = turn.observe(torch.ones(3))
-    assert step is not None
     assert turn.current is step
-    assert turn.observe(torch.tensor([1.0, float("nan"), 1.0])) is None
-    assert turn.current is None
+    assert not turn.is_left_out()
+    m, P = turn.state.first_moment.clone(), turn.state.preconditioner.clone()
+    grad = torch.tensor([1.0, float("nan"), 1.0])
+    assert turn.observe(grad).gamma.tolist() == grad.tolist() == [0.0] * 3
+    assert turn.is_left_out()
+    assert torch.equal(turn.state.first_moment, m)
+    assert torch.equal(turn.state.preconditioner, P)
+    assert turn.skipped == 1
     assert turn.summary() == {
         "preconditioner_mean": pytest.approx(0.01),
         "gamma_mean": pytest.approx(float(step.gamma.mean())),

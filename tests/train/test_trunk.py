@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pfl_lm.federation.noise
+import pfl_lm.model.states
 from pfl_lm.data.batches import collate
+from pfl_lm.layout import AdapterLayout, Entry
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone
-from pfl_lm.model.trunk import MOST_BYTES, Trunk, TrunkStates, bytes_remembered, trunk_of
+from pfl_lm.model.states import StatesFile, TrunkStates
+from pfl_lm.model.trunk import Trunk, bytes_of_states, trunk_of
 from pfl_lm.recipe import AdapterOptions
 from pfl_lm.train.loss import nll_by_row, nll_sum
 from tests.interruptions import go_on, stopped, whole
@@ -118,7 +121,7 @@ def test_what_does_not_fit_is_made_again_with_the_same_bits(world: World) -> Non
         found.append(step(adapter, adapter.forward, batch))
         adapter.close()
     assert same(*found)
-    assert len(states._of) == 1
+    assert states.n_bytes == 0
 
 
 def test_another_depth_forgets_what_is_of_the_first() -> None:
@@ -148,20 +151,44 @@ def layers(model: Any) -> list[str]:
     return [f"model.layers.{i}.self_attn.q_proj" for i in range(len(model.model.layers))]
 
 
+def adapted(modules: list[str]) -> tuple[Entry, ...]:
+    return AdapterLayout.of((module, "A", (1, 1)) for module in modules).entries
+
+
 @pytest.mark.parametrize(
-    "adapted", [[0], [0, 1], ["lm_head"], [1, "lm_head"], ["model.embed_tokens"], []]
+    "at",
+    [
+        *([0], [0, 1], ["lm_head"], [1, "lm_head"], ["model.embed_tokens"], []),
+        *(["model.layers_too.1.q_proj"], ["layers.1.q_proj"]),
+    ],
 )
-def test_where_there_is_no_trunk(world: World, adapted: list[Any]) -> None:
+def test_where_there_is_no_trunk(world: World, at: list[Any]) -> None:
     model = world.backbone.model
-    names = [layers(model)[at] if isinstance(at, int) else at for at in adapted]
-    assert trunk_of(model, names, TrunkStates()) is None
+    names = [layers(model)[each] if isinstance(each, int) else each for each in at]
+    assert trunk_of(model, adapted(names), TrunkStates()) is None
     assert untouched(model)
 
 
 def test_a_model_that_drops_out_while_it_trains_has_none(world: World) -> None:
     model = world.backbone.model
     model.config.attention_dropout = 0.1
-    assert trunk_of(model, layers(model)[1:], TrunkStates()) is None
+    assert trunk_of(model, adapted(layers(model)[1:]), TrunkStates()) is None
+
+
+def test_a_trunk_with_a_dropout_that_no_setting_names_is_none(world: World) -> None:
+    model = world.backbone.model
+    model.model.layers[0].mlp.hidden = nn.Dropout(0.1)
+    assert trunk_of(model, adapted(layers(model)[1:]), TrunkStates()) is None
+
+
+def test_a_list_of_layers_within_a_numbered_module_is_none(world: World) -> None:
+    """Its first layer would be taken for the second, as the number before it says."""
+    model = world.backbone.model
+    model.stages = nn.ModuleList([nn.Module() for _ in range(3)])
+    model.stages[1].layers = model.model.layers
+    model.model.layers = nn.Sequential(*model.model.layers)
+    names = ["stages.1.layers.0.self_attn.q_proj"]
+    assert trunk_of(model, adapted(names), TrunkStates()) is None
 
 
 def test_a_layer_that_mixes_rows_has_none(world: World) -> None:
@@ -170,10 +197,10 @@ def test_a_layer_that_mixes_rows_has_none(world: World) -> None:
     mix = model.model.layers[0].mlp.register_forward_hook(
         lambda module, given, out: out + out.mean(dim=0, keepdim=True)
     )
-    assert trunk_of(model, layers(model)[1:], TrunkStates()) is None
+    assert trunk_of(model, adapted(layers(model)[1:]), TrunkStates()) is None
     assert untouched(model)
     mix.remove()
-    assert trunk_of(model, layers(model)[1:], TrunkStates()) is not None
+    assert trunk_of(model, adapted(layers(model)[1:]), TrunkStates()) is not None
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -212,6 +239,37 @@ def test_a_run_is_the_same_with_and_without_but_for_rounding(tmp_path: Path) -> 
         assert row[4:] == pytest.approx(other[4:], rel=1e-5)
 
 
+def test_a_run_is_the_same_to_the_bit_where_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a file, without one, and where all fits into memory."""
+    wanted = whole(tmp_path / "a", **ON)
+    monkeypatch.setattr(pfl_lm.model.states, "MOST_BYTES", 4000)
+    read = spied(monkeypatch, "read")
+    check_same(whole(tmp_path / "b", **ON), wanted)
+    assert sum(found is not None for found in read) > 20
+    read.clear()
+    in_memory = {"runtime.trunk_cache": "memory"}
+    other = whole(tmp_path / "c", **ON, **in_memory)
+    assert facts_in(other)["scores"] == facts_in(wanted)["scores"]
+    assert not read
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
+        path.name for path in (tmp_path / "a").iterdir()
+    )
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """Return what a method of `StatesFile` will have returned."""
+    plain, seen = getattr(StatesFile, name), []
+
+    def spy(self: StatesFile, *given: Any) -> Any:
+        seen.append(plain(self, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(StatesFile, name, spy)
+    return seen
+
+
 @pytest.mark.parametrize("k", [9, 21])
 def test_a_run_that_goes_on_has_the_same_states_again(tmp_path: Path, k: int) -> None:
     wanted = whole(tmp_path / "whole", **ON)
@@ -226,10 +284,9 @@ def test_a_plan_knows_what_will_be_remembered(world: World) -> None:
     examples = world.examples(n_rows=5)
     step(adapter, adapter.forward, collate(examples, world.backbone.pad_token_id))
     tokens = sum(len(example.input_ids) for example in examples)
-    model, names = adapter.model, layers(adapter.model)
-    assert bytes_remembered(model, names[1:], tokens) == states.n_bytes > 0
-    assert bytes_remembered(model, names[1:], 10**9) == MOST_BYTES
-    assert bytes_remembered(model, names, tokens) == 0
+    model = adapter.model
+    assert bytes_of_states(model, adapter.layout.entries, tokens) == states.n_bytes > 0
+    assert bytes_of_states(model, adapted(layers(model)), tokens) == 0
     adapter.close()
 
 
