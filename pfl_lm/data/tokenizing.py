@@ -48,7 +48,7 @@ class Counts:
 class RowTokenizer:
     """Makes examples of rows, of at most ``max_length`` tokens; longer ones go by ``on_long``.
 
-    Equal token ids of all that it makes are one object, which takes a fifth of the memory.
+    Equal token ids of all that it makes are one object, which takes about a quarter of the memory.
     """
 
     tokenizer: PreTrainedTokenizerBase
