@@ -166,7 +166,7 @@ def _tokenize(
 ) -> tuple[tuple[Example, ...], Counts]:
     """Return the rows that keep a supervised token, and what became of all.
 
-    With ``known``, which is added to, equal token ids are one object: about a quarter of the memory.
+    With ``known``, which is added to, equal token ids are one object: a quarter of the memory.
     """
     kept: list[Example] = []
     truncated = 0
