@@ -17,7 +17,7 @@ from pfl_lm.federation.messages import Update
 from pfl_lm.finetune import finetune
 from pfl_lm.layout import AdapterLayout, Vector
 from pfl_lm.methods import METHODS
-from pfl_lm.quantities import QUANTITIES, key, told
+from pfl_lm.quantities import QUANTITIES, WHOLE, key, told
 from pfl_lm.recipe import load_recipe
 from pfl_lm.report.tracking import TensorBoard
 from pfl_lm.train import LocalTrainer, TurnDiagnostics
@@ -152,6 +152,7 @@ def test_a_gradient_that_is_not_finite_does_not_count(world: World) -> None:
     found = run.diagnostics.summary({})
     assert turn.skipped == 1
     assert found[key("gradient_variance", "0")] == pytest.approx(np.var([0, 2, 3], ddof=1))
+    assert found[key("gamma_mean", WHOLE)] == pytest.approx(turn.summary()["gamma_mean"])
 
 
 def test_what_is_not_defined_is_left_out(world: World) -> None:
