@@ -217,7 +217,7 @@ def test_reading_tables_needs_no_torch(tmp_path):
     code = (
         "import sys\n"
         "from pfl_lm.data.sources import read_records\n"
-        "from pfl_lm.recipe.sections import DataOptions\n"
+        "from pfl_lm.recipe.data import DataOptions\n"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pandas'}\n"
         "read_records(DataOptions(path='rows.csv'))\n"
         "assert not {*heavy, 'pyarrow'} & set(sys.modules)\n"

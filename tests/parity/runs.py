@@ -18,7 +18,7 @@ from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import split_clients
 from pfl_lm.finetune import finetune
 from pfl_lm.recipe import load_recipe
-from pfl_lm.recipe.sections import DataOptions
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.seeds import derive_seed
 from tests.tiny import client_rows, make_tokenizer, tiny_recipe, write_jsonl
 
