@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 import pfl_lm
-from pfl_lm.cli.display import duration, live_line
 from pfl_lm.cli.exits import plain
 from pfl_lm.cli.interrupts import Interrupts
 from pfl_lm.cli.run import run_console
@@ -201,6 +200,8 @@ def _add_peaks(
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """Show how much is done and about how long the rest takes; gives what is told of each part."""
+    from pfl_lm.cli.display import duration, live_line
+
     began, done = time.perf_counter(), 0
     with live_line(console) as line:
         task = line.add_task("the first turns", total=total, left="")

@@ -17,7 +17,7 @@ CLOCKS = {"cpu": "the processor's clock", "wall": "the wall's clock"}
 
 def tables(found: Bench) -> Iterator[Table]:
     """Yield how fast each way is, and then where its time and memory go."""
-    first = _table("turn, ms", "least to most", "cpu ms", "turns/h", "tokens/s", f"× {OURS}")
+    first = _table("turn, ms", "least to most", "cpu ms", "turns/h", "tokens/s", "ratio")
     second = _table("step, ms", "fixed, ms", "Gflop", "of matmul", "peak", "from fit")
     for name, result in found.ways.items():
         wall = result.turn.numbers
@@ -47,8 +47,9 @@ def lines(found: Bench) -> Iterator[str]:
     """Yield what the columns are, and what is said once."""
     about, machine = found.about, found.about["machine"]
     yield (
-        f"Medians of {about['repeats']} turns each, in turn. × {OURS}, step, fixed and of matmul "
-        f"go by {CLOCKS[found.by]}, the rest by the wall's. fixed: a turn less its steps."
+        f"Medians of {about['repeats']} turns each, in turn. ratio: to {OURS}'s time. It, step, "
+        f"fixed and of matmul go by {CLOCKS[found.by]}, the rest by the wall's. fixed: a turn "
+        "less its steps."
     )
     n = about["matmul_side"]
     yield (
