@@ -17,14 +17,14 @@ CLOCKS = {"cpu": "the processor's clock", "wall": "the wall's clock"}
 
 def tables(found: Bench) -> Iterator[Table]:
     """Yield how fast each way is, and then where its time and memory go."""
-    first = _table("turn, ms", "least to most", "cpu ms", "turns/h", "tokens/s", "ratio")
-    second = _table("step, ms", "fixed, ms", "Gflop", "of matmul", "peak", "from fit")
+    first = _table("turn ms", "least–most", "cpu ms", "turns/h", "tokens/s", "ratio")
+    second = _table("step ms", "fixed ms", "Gflop", "of matmul", "peak", "from fit")
     for name, result in found.ways.items():
         wall = result.turn.numbers
         first.add_row(
             name,
             _ms(wall["wall_median"]),
-            f"{_ms(wall['wall_least'])} to {_ms(wall['wall_most'])}",
+            f"{_ms(wall['wall_least'])}–{_ms(wall['wall_most'])}",
             _ms(wall["cpu_median"]),
             f"{found.turns_per_hour(name):,.0f}",
             f"{found.tokens_per_second(name):,.0f}",

@@ -17,7 +17,14 @@ from pfl_lm.train.loss import nll_sum
 from tests.bench.cases import TOP, tiny_case
 from tests.tiny import save_model
 
+QUERIES_AND_VALUES = ["q_proj", "v_proj"]
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+MODULES = {
+    "q v": QUERIES_AND_VALUES,
+    "q k v": ["q_proj", "k_proj", "v_proj"],
+    "everything": EVERYTHING,
+}
 
 
 def counted(case: Case, *, trunk: bool, everywhere: bool) -> tuple[int, int]:
@@ -48,7 +55,7 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["supervised", "everywhere"])
 @pytest.mark.parametrize("layers", [None, [1], [3], [1, 3]], ids=str)
-@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], EVERYTHING], ids=["qv", "everything"])
+@pytest.mark.parametrize("modules", MODULES.values(), ids=MODULES)
 def test_the_formula_is_what_pytorch_counts(
     tmp_path: Path,
     four_layers: str,
@@ -64,7 +71,8 @@ def test_the_formula_is_what_pytorch_counts(
     case = tiny_case(tmp_path, **changes)
     for trunk in [False, True] if layers and not everywhere else [False]:
         real, formula = counted(case, trunk=trunk, everywhere=everywhere)
-        assert formula == pytest.approx(real, rel=0.03)
+        too_much = 1.06 if modules == QUERIES_AND_VALUES else 1  # the keys' gradients
+        assert real <= formula <= too_much * real
 
 
 def test_a_trunk_saves_the_layers_below(tmp_path: Path) -> None:
@@ -73,9 +81,11 @@ def test_a_trunk_saves_the_layers_below(tmp_path: Path) -> None:
     with case.adapter() as adapter:
         matrices = Matrices.of(adapter.model, [e.module for e in adapter.layout.entries])
     layer = 64 * (64 + 32 + 32 + 64 + 3 * 128)
-    assert matrices.base == {0: layer, 1: layer}
-    assert matrices.adapters == {1: 8 * (64 + 64) + 8 * (64 + 32)}
-    assert matrices.dead == 64 * (64 + 32) + 2 * 8 * 64
+    lora_a, lora_b = 2 * 8 * 64, 8 * (64 + 32)
+    qkv = 64 * (64 + 32 + 32)
+    assert matrices.forward == {0: layer, 1: layer + lora_a + lora_b}
+    assert matrices.backward == {0: 0, 1: layer - qkv + lora_a + 2 * lora_b}
+    assert matrices.lowest == 1
     assert matrices.head == 64 * adapter.model.config.vocab_size
     assert matrices.width == 64
     saved = matrices.step(shape) - matrices.step(shape, trunk=True)
