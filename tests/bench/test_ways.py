@@ -23,9 +23,10 @@ WORK: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg"},
     },
     "accumulated": {"training.gradient_accumulation_steps": 3, "training.max_steps": 3},
+    "steep": {"adapter.lora_alpha": 4000, "training.learning_rate": 1e-6},
     "dropout": {"adapter.lora_dropout": 0.3},
 }
-"""Five train rows in batches of two: passes end in a batch of one."""
+"""Five train rows in batches of two: passes end in a batch of one. A steep one would be clipped."""
 
 
 def start(case: Case) -> Tensor:
@@ -52,7 +53,7 @@ def test_the_loop_with_the_same_loss_ends_at_the_fits_bits(
     assert not torch.equal(fit, start(case))
 
 
-@pytest.mark.parametrize("work", ["sgd", "adamw", "accumulated"])
+@pytest.mark.parametrize("work", ["sgd", "adamw", "accumulated", "steep"])
 @pytest.mark.parametrize("way", ["loop", "trainer", "reload"])
 def test_what_others_write_ends_there_but_for_rounding(tmp_path: Path, work: str, way: str) -> None:
     case = tiny_case(tmp_path, **{**WORK[work], **TOP, "training.max_steps": 5})
