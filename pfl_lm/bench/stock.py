@@ -48,7 +48,11 @@ def reload(case: Case, steps: Stopwatch) -> Iterator[Callable[[], Did]]:
     with case.adapter() as adapter:
         config, tensors = copy.deepcopy(adapter.config), adapter.tensors(adapter.read())
         read_back = adapter.vector
-    options = {"revision": case.recipe.backbone.revision, "dtype": case.backbone.dtype}
+    options = {
+        "revision": case.recipe.backbone.revision,
+        "dtype": case.backbone.dtype,
+        "local_files_only": True,  # the disk is measured, not the network
+    }
     with TemporaryDirectory(dir=case.disk) as folder:
 
         def turn() -> Did:

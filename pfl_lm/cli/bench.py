@@ -138,6 +138,11 @@ def _load(
     from pfl_lm.federation.fleet.start import set_threads
 
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise PflError(
+            f"bench measures one process, and this is one of {accelerator.num_processes}",
+            hint="start it without torchrun",
+        )
     set_threads(loaded.recipe.runtime, accelerator)
     say(f"loading the backbone onto {accelerator.device}")
     case = load_case(loaded, clients, accelerator.device, folder, steps=asked.steps, say=say)
