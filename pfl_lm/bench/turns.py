@@ -101,11 +101,13 @@ class _TimedSide(ClientSide):
     def local_run(self, *given: Any, **more: Any) -> LocalTrainer:
         run = super().local_run(*given, **more)
         assert self.steps is not None
-        run.onlookers.append(_Steps(self.steps))
+        run.onlookers.append(Steps(self.steps))
         return run
 
 
-class _Steps(L.Callback):
+class Steps(L.Callback):
+    """Runs a stopwatch from each optimizer step's first micro-batch to its end."""
+
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
         self._seen = 0
@@ -113,13 +115,15 @@ class _Steps(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from 0 in every fit of the turn."""
         self._seen, self._running = 0, False
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        if not self._running:  # the first micro-batch of a step
+        """Begin a step, unless it has begun with a micro-batch before."""
+        if not self._running:
             self._running = True
             self.stopwatch.start()
 
@@ -127,6 +131,7 @@ class _Steps(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
+        """End the step, if it was this micro-batch that the optimizer waited for."""
         if trainer.global_step > self._seen:
             self._seen, self._running = trainer.global_step, False
             self.stopwatch.stop()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from pfl_lm.bench.clock import Stopwatch, Times, alternate, now
 from pfl_lm.bench.measure import clock_to_go_by, measure
 from pfl_lm.bench.results import Bench, Result
+from pfl_lm.bench.turns import Steps
 from tests.bench.cases import TOP, tiny_case, ways
 
 
@@ -33,6 +36,21 @@ def test_the_first_time_of_each_does_not_count() -> None:
     times = alternate({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 2)
     assert done == ["a", "b"] * 3
     assert [len(each.wall) for each in times.values()] == [2, 2]
+
+
+def test_a_step_is_timed_from_its_first_micro_batch_to_its_last() -> None:
+    watch, trainer = Stopwatch(), SimpleNamespace(global_step=0)
+    told: Any = (trainer, None)
+    steps = Steps(watch)
+    steps.on_train_start(*told)
+    for step in (1, 2):
+        for part in (1, 2):
+            steps.on_train_batch_start(*told)
+            time.sleep(0.02)
+            trainer.global_step += part == 2
+            steps.on_train_batch_end(*told)
+        assert watch.laps == step
+    assert watch.wall >= 0.08
 
 
 def test_times_are_summed_up_by_their_medians() -> None:
