@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from pfl_lm.bench.clock import Stopwatch, Times, alternate, now
 from pfl_lm.bench.measure import clock_to_go_by, measure
 from pfl_lm.bench.results import Bench, Result
 from pfl_lm.bench.turns import Steps
+from pfl_lm.bench.ways import FIT, SAME_LOOP
 from tests.bench.cases import TOP, tiny_case, ways
 
 
@@ -98,3 +100,11 @@ def test_a_turn_is_its_steps_and_the_rest(tmp_path: Path) -> None:
         assert turn == pytest.approx(way.n_steps * step + fixed)
     assert found.ways["pfl-lm"].flops == 2 * found.ways["fit"].flops
     assert found.same_bits is True
+
+
+def test_a_loop_that_ends_at_other_bits_is_told(tmp_path: Path) -> None:
+    case = tiny_case(tmp_path, **TOP)
+    known = ways(case)
+    other = replace(known["loop"], name=SAME_LOOP)  # its loss is summed in another order
+    assert measure(case, [known[FIT], other], repeats=1).same_bits is False
+    assert measure(case, [known[FIT]], repeats=1).same_bits is None
