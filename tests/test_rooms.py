@@ -36,6 +36,7 @@ ORDER = (
     ("membership",),
     ("diagnose",),
     ("compare",),
+    ("bench",),
     ("cli",),
 )
 """From the top: a room imports from itself and from rooms above it."""
@@ -56,6 +57,7 @@ TORCH_FREE = (
     *("pfl_lm.data.sources", "pfl_lm.data.splits", "pfl_lm.cli.app"),
     *("pfl_lm.federation.availability", "pfl_lm.federation.cohort"),
     *("pfl_lm.data.preview", "pfl_lm.model.outline", "pfl_lm.cli.plan", "pfl_lm.cli.preview"),
+    "pfl_lm.cli.bench",
     *("pfl_lm.compare.plan", "pfl_lm.compare.cells", "pfl_lm.compare.fit"),
 )
 HEAVY = ("torch", "transformers", "peft", "lightning", "accelerate", "datasets")

@@ -190,6 +190,45 @@ def plan(recipe: RecipePath, overrides: Overrides = None, debug: Debug = False) 
 
 
 @app.command()
+def bench(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="The recipe, a YAML file; the quickstart without one.")
+    ] = None,
+    overrides: Overrides = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", min=1, help="Turns of each way that count.")
+    ] = 5,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="T", min=1, help="Optimizer steps of a turn."),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="A,B", help="Of loop, trainer, reload; all without it."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to FILE.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two repeats of at most two steps, and no memory.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Measure memory, in a process for each way.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast a recipe trains here: against loops written by hand, and the machine itself.
+
+    A client's turn is taken by pfl-lm, by plain PyTorch loops, and by a Trainer of transformers, in
+    turn and on the same rows. Nothing is written but FILE.
+    """
+    with exits(debug=debug):
+        from pfl_lm.cli.bench import Asked
+        from pfl_lm.cli.bench import bench as verb
+
+        asked = Asked(repeats, steps, tuple(against or ()), json, quick=quick, memory=memory)
+        verb(recipe, overrides or [], asked)
+
+
+@app.command()
 def preview(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -55,6 +55,8 @@ class LocalTrainer:
         n_tokens: their supervised tokens.
         summary: plain numbers about the turn, for the ledger; a method may add its own. Steps are
             those of all fits so far, losses those of the last.
+        onlookers: what every fit of the turn tells after a method's own callbacks; they change
+            nothing.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class LocalTrainer:
         self.n_examples = len(examples)
         self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
-        self._ticks = [] if on_step is None else [_Ticker(on_step)]
+        self.onlookers: list[L.Callback] = [] if on_step is None else [_Ticker(on_step)]
         self._fits = 0
 
     def train(
@@ -113,7 +115,7 @@ class LocalTrainer:
             nullcontext() if private is None else private.watching(),
         ):
             torch.manual_seed(self.seed)
-            trainer = _trainer(device, accumulation, steps, [*callbacks, *self._ticks])
+            trainer = _trainer(device, accumulation, steps, [*callbacks, *self.onlookers])
             trainer.fit(module, batches)
         if moments is not None:
             moments.step += trainer.global_step

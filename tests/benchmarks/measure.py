@@ -1,66 +1,15 @@
-"""Taking times side by side, and printing them with the machine they were taken on."""
+"""What the benchmarks share: their command line, and how they print what they found."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-WALL, CPU = "wall", "cpu"
+from pfl_lm.bench.clock import Times, alternate, now
+from pfl_lm.bench.machine import machine
 
-
-@dataclass
-class Times:
-    """Milliseconds of one thing that was done several times, by the wall and by the processor.
-
-    On a machine that others use too, only the processor's time says what the work costs; what a
-    disk takes is seen by the wall alone.
-    """
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def add(self, wall: float, cpu: float) -> None:
-        """Take in one measurement, in seconds."""
-        self.wall.append(1e3 * wall)
-        self.cpu.append(1e3 * cpu)
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """Medians and the least, in milliseconds."""
-        return {
-            "wall_median": statistics.median(self.wall),
-            "wall_least": min(self.wall),
-            "cpu_median": statistics.median(self.cpu),
-            "cpu_least": min(self.cpu),
-            "times": len(self.wall),
-        }
-
-
-def now() -> tuple[float, float]:
-    """Return seconds by the wall and by this process's processors."""
-    return time.perf_counter(), time.process_time()
-
-
-def alternate(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
-    """Do every piece of work in turn, again and again; the first time of each does not count."""
-    times = {name: Times() for name in work}
-    for i in range(repeats + 1):
-        for name, do in work.items():
-            wall, cpu = now()
-            do()
-            wall_after, cpu_after = now()
-            if i:
-                times[name].add(wall_after - wall, cpu_after - cpu)
-    return times
+__all__ = ["Times", "alternate", "arguments", "machine", "now", "show", "table"]
 
 
 def arguments(about: str, *, repeats: int) -> argparse.Namespace:
@@ -69,22 +18,6 @@ def arguments(about: str, *, repeats: int) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the tests' two-layer backbone")
     parser.add_argument("--repeats", type=int, default=repeats)
     return parser.parse_args()
-
-
-def machine() -> dict[str, str | int]:
-    """Return what times depend on."""
-    import torch
-
-    packages = ("torch", "lightning", "peft", "transformers")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
 
 
 def show(title: str, rows: Sequence[Sequence[object]], numbers: Mapping[str, object]) -> None:
@@ -106,11 +39,3 @@ def table(times: Mapping[str, Times]) -> list[list[object]]:
         columns = ("cpu_median", "cpu_least", "wall_median", "wall_least")
         rows.append([name, *(n[column] for column in columns), len(each.wall)])
     return rows
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,11 @@ FEW, MANY = 3, 48
 
 def peak() -> float:
     """Return the most memory this process has held, in MB."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)
+    import torch
+
+    from pfl_lm.bench.machine import peak_bytes
+
+    return peak_bytes(torch.device("cpu")) / 2**20
 
 
 def run_here(n_clients: int, *, tiny: bool) -> dict[str, float]:

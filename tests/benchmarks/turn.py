@@ -1,13 +1,11 @@
-"""What a client's turn costs: against a bare PyTorch loop, and beside its optimizer steps.
+"""What a client's turn costs beside its optimizer steps, in a whole run.
 
     python -m tests.benchmarks.turn [--tiny] [--repeats N]
 
-``steps`` sets a fit of ``LocalTrainer.train`` against a loop with the same model, loss, batches and
-optimizer; both end at the same bits. Beside them stands a whole turn of pFLAlign on the same
-batches: what its two callbacks cost. ``fixed`` runs a whole federation and takes, between two
-clients' turns of one round, everything that is not an optimizer step: reading the client's state,
-swapping its numbers in, building the Trainer, setting the fit up, writing state and upload, and
-the ledger's commit.
+Runs a federation and takes, between two clients' turns of one round, everything that is not an
+optimizer step: reading the client's state, swapping its numbers in, building the Trainer, setting
+the fit up, writing state and upload, and the ledger's commit. Steps themselves, and what a loop
+written by hand would take for them, are for `pfl-lm bench`.
 """
 
 from __future__ import annotations
@@ -19,89 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from pfl_lm.data.batches import training_batches
-from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.federation.messages import Update
 from pfl_lm.federation.watch import RoundReport, Watch
 from pfl_lm.finetune import finetune
-from pfl_lm.methods import METHODS, ClientInfo, Setup
-from pfl_lm.model.adapter import Adapter
-from pfl_lm.model.backbone import load_backbone
-from pfl_lm.preflight import preflight
 from pfl_lm.train import LocalTrainer
-from pfl_lm.train.loss import nll_sum
-from tests.benchmarks.measure import Times, alternate, arguments, now, show, table
+from tests.benchmarks.measure import Times, arguments, now, show, table
 from tests.benchmarks.world import recipe
-
-STEPS = {"training.max_steps": 4, "training.per_device_train_batch_size": 4}
-
-
-def against_a_loop(folder: Path, *, tiny: bool, repeats: int) -> None:
-    """Take a fit and a bare loop in turn, and show both with their ratio."""
-    loaded = recipe(folder, tiny=tiny, n_clients=1, n_rows=24, **STEPS)
-    options = loaded.recipe
-    torch.set_num_threads(1)
-    backbone = load_backbone(options.backbone, torch.device("cpu"))
-    adapter = Adapter(backbone, options.adapter, seed=0)
-    rows = FederatedDataset.build(preflight(loaded), backbone.tokenizer, options.data.max_length)
-    examples, start = rows.train("client-00"), adapter.read()
-    batching = {
-        "steps": 4,
-        "accumulation": 1,
-        "batch_size": 4,
-        "pad_token_id": backbone.pad_token_id,
-        "seed": 1,
-    }
-    run = LocalTrainer(
-        adapter,
-        examples,
-        options.training,
-        steps=4,
-        pad_token_id=backbone.pad_token_id,
-        seed=1,
-    )
-    ends: dict[str, Tensor] = {}
-
-    def loop() -> None:
-        adapter.write(start)
-        adapter.train_only(None)
-        adapter.model.train()
-        rate = options.training.learning_rate
-        optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=0.0)
-        for batch in training_batches(examples, **batching):
-            nll = nll_sum(adapter.model, batch)
-            optimizer.zero_grad(set_to_none=False)
-            (nll / batch["window_tokens"]).backward()
-            optimizer.step()
-        adapter.model.eval()
-        ends["loop"] = adapter.read()
-
-    def fit() -> None:
-        ends["fit"] = run.train(start, steps=4)
-
-    setup = Setup(adapter.layout, 1, 0, options.training)
-    method = METHODS["pflalign"](options.method, setup)
-    sent = method.broadcast(method.init_server(start), "client-00")
-    client = method.init_client(ClientInfo("client-00", len(examples), adapter.layout), start)
-
-    def aligned() -> None:
-        method.turn(sent, client, run)
-
-    work = {"LocalTrainer.train": fit, "bare loop": loop, "pflalign's turn": aligned}
-    times = alternate(work, repeats)
-    same = torch.equal(ends["fit"], ends["loop"])
-    ratio = {
-        name: times[name].numbers["cpu_median"] / times["bare loop"].numbers["cpu_median"]
-        for name in ("LocalTrainer.train", "pflalign's turn")
-    }
-    title = f"a turn of 4 steps of 4 rows, {backbone.dtype}; ends at the same bits: {same}"
-    numbers = {name: each.numbers for name, each in times.items()}
-    show(title, table(times), {"ratio": ratio, "same": same, "ms": numbers})
-    said = ", ".join(f"{name} {value:.3f}" for name, value in ratio.items())
-    print(f"  against the bare loop, by cpu medians: {said}\n")
 
 
 class Stopwatch(L.Callback):
@@ -168,8 +91,7 @@ def watching(stopwatch: Stopwatch) -> Iterator[None]:
 def main() -> None:
     given = arguments(__doc__, repeats=8)
     with tempfile.TemporaryDirectory() as folder:
-        against_a_loop(Path(folder) / "loop", tiny=given.tiny, repeats=given.repeats)
-        fixed_cost(Path(folder) / "fixed", tiny=given.tiny, repeats=given.repeats)
+        fixed_cost(Path(folder), tiny=given.tiny, repeats=given.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How fast a recipe trains here: against loops written by hand, and against the machine itself."""
