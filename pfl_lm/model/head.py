@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-MOST_LOGITS = 2**25
-"""How many numbers the logits of a part have at most: 128 MiB in float32."""
+MOST_LOGITS = 2**22
+"""How many numbers the logits of a part have at most: 16 MiB in float32."""
+
+_MORE_ON_GPU = 8
+"""How many times as many elsewhere than on a CPU, where smaller parts would not fill the device."""
 
 _BENT: WeakSet[nn.Module] = WeakSet()
 """Heads of models that were seen to do something to their logits after the head."""
@@ -71,7 +74,7 @@ class Top:
 
     def logits(self) -> Iterator[Tensor]:
         """Yield the logits part by part, in order, ``(at most so many, vocab)``."""
-        for part in torch.split(self.states, self._positions):
+        for part in torch.split(self.states, _positions(self.head)):
             yield self.head(part.unsqueeze(0))[0]
 
     def nll(self, wanted: Tensor) -> Tensor:
@@ -79,12 +82,8 @@ class Top:
 
         The way back of every part is gone before the next part begins.
         """
-        nll: Tensor = _InParts.apply(self.states, self.head, wanted, self._positions)  # type: ignore[no-untyped-call]
+        nll: Tensor = _InParts.apply(self.states, self.head, wanted, _positions(self.head))  # type: ignore[no-untyped-call]
         return nll
-
-    @property
-    def _positions(self) -> int:
-        return max(1, MOST_LOGITS // self.head.out_features)
 
 
 def top_of(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Top | None:
@@ -95,7 +94,7 @@ def top_of(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Top | No
     model the first forward is in vain.
     """
     head = _head(model)
-    if head is None or len(positions) * head.out_features <= MOST_LOGITS or head in _BENT:
+    if head is None or len(positions) <= _positions(head) or head in _BENT:
         return None
     if any(parameter.requires_grad for parameter in head.parameters()):
         return None
@@ -127,6 +126,12 @@ def _head(model: Any) -> nn.Linear | None:
     """Return a model's head if it is a plain linear one: with an adapter it has to see all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return head if type(head) is nn.Linear else None
+
+
+def _positions(head: nn.Linear) -> int:
+    """Return how many positions a part has at most."""
+    more = 1 if head.weight.device.type == "cpu" else _MORE_ON_GPU
+    return max(1, more * MOST_LOGITS // head.out_features)
 
 
 class _InParts(torch.autograd.Function):
