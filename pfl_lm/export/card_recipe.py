@@ -34,7 +34,7 @@ def _without_text(options: Options) -> dict[str, object]:
     shown: dict[str, object] = {}
     for key, value in options.model_dump(mode="python").items():
         chosen = get_origin(fields[key].annotation) is Literal
-        plain = value is None or isinstance(value, bool | int | float)
+        plain = not value or isinstance(value, bool | int | float)
         shown[key] = value if plain or chosen else HIDDEN
     return shown
 

@@ -318,7 +318,8 @@ class History:
     def _each(self, query: str) -> Iterator[Any]:
         """Yield rows one by one, where there are as many as clients times rounds."""
         with explained(self.path):
-            yield from self._connection.execute(query)
+            for row in self._connection.execute(query):  # noqa: UP028
+                yield row  # `yield from` would close the cursor, perhaps after the ledger
 
 
 def client_digest(client: str) -> str:

@@ -23,6 +23,7 @@ from pfl_lm.export.card_text import (
 )
 from pfl_lm.export.index import RowCounts
 from pfl_lm.export.repository_card import repository_card
+from pfl_lm.recipe.partition import PartitionOptions
 from tests.export.card_facts import SCORES, client_facts, metadata, run_facts, two_clients
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -169,11 +170,17 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
     assert shown["data"] == {
         "path": HIDDEN,
         "format": "auto",
+        "columns": {},
         "client_column": HIDDEN,
+        "partition": None,
         "split_column": HIDDEN,
         "group_column": None,
         "validation_fraction": 0.125,
+        "min_train_samples": None,
+        "max_train_samples": None,
+        "holdout_clients": 0,
         "max_length": 512,
+        "on_long": "truncate",
         "group_by_length": False,
     }
     plain = {"parallel": "auto", "threads": None, "trunk_cache": "auto"}
@@ -266,3 +273,14 @@ def test_sizes_as_people_say_them() -> None:
 
 def test_the_untouched_backbone_has_one_name() -> None:
     assert index.BASE == BASE
+
+
+def test_a_card_tells_neither_columns_nor_who_was_kept_for_later() -> None:
+    recipe = run_facts().recipe
+    partition = PartitionOptions(name="natural_id", partition_by="diagnosis")
+    private = {"columns": {"notes": "text"}, "holdout_clients": ["zoe"], "partition": partition}
+    data = recipe.data.model_copy(update=private)
+    text = shown_recipe(recipe.model_copy(update={"data": data}), {"alice"})
+    shown = yaml.safe_load(text)["data"]
+    assert {key: shown[key] for key in private} == dict.fromkeys(private, HIDDEN)
+    assert not any(word in text for word in ("notes", "zoe", "diagnosis"))
