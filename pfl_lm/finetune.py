@@ -114,6 +114,7 @@ def finetune(
             recipe.adapter,
             seed=derive_seed(recipe.seed, "adapter"),
             trunk=None if recipe.runtime.trunk_cache == "off" else ready.trunk,
+            compile=recipe.runtime.compile,
         )
 
     # one rank converts what has to be converted

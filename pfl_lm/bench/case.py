@@ -115,7 +115,8 @@ class Case:
         if all_layers:
             options = options.model_copy(update={"layers_to_transform": None})
         seed = derive_seed(self.recipe.seed, "adapter")
-        adapter = Adapter(self.backbone, options, seed=seed, trunk=trunk)
+        compile = self.recipe.runtime.compile
+        adapter = Adapter(self.backbone, options, seed=seed, trunk=trunk, compile=compile)
         try:
             yield adapter
         finally:

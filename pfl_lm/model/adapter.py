@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from pfl_lm.errors import ExportError, ModelError
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.model.compiled import CompiledLayers
 from pfl_lm.model.states import TrunkStates
-from pfl_lm.model.trunk import trunk_of
+from pfl_lm.model.trunk import layers_of, trunk_of
 from pfl_lm.recipe.scalars import brief
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ class Adapter:
         *,
         seed: int,
         trunk: TrunkStates | None = None,
+        compile: bool = False,
     ) -> None:
         """Inject a fresh adapter: A random from ``seed``, B zero.
 
         ``trunk`` is where states of rows below the first adapted layer are remembered, if they are.
+        With ``compile``, the layers above it are compiled.
 
         Raises:
-            ModelError: a target module or a layer does not exist.
+            ModelError: a target module or a layer does not exist, or layers cannot be compiled.
         """
         _check_targets(backbone.model, options)
         self.model = backbone.model
@@ -79,9 +82,23 @@ class Adapter:
         entries = self.layout.entries
         self._trunk = None if trunk is None else trunk_of(self.model, entries, trunk)
         self.forward = self.model if self._trunk is None else self._trunk
+        self._compiled: CompiledLayers | None = None
+        if compile:
+            self._compiled = self._compile()
+
+    def _compile(self) -> CompiledLayers:
+        _, layers = layers_of(self.model)
+        first = 0 if self._trunk is None else self._trunk.depth
+        try:
+            return CompiledLayers(self.model, None if layers is None else layers[first:])
+        except ModelError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Take the adapter out: the backbone is as it was, ready for another one."""
+        if self._compiled is not None:
+            self._compiled.close()
         if self._trunk is not None:
             self._trunk.close()
         self._peft.unload()

@@ -130,14 +130,14 @@ def bytes_of_states(model: Any, adapted: Sequence[Entry], n_tokens: int) -> int:
 
 def _below(model: Any, adapted: Sequence[Entry]) -> tuple[nn.ModuleList | None, int]:
     """Return a model's layers, and how many of them lie below all adapted matrices."""
-    name, layers = _layers(model)
+    name, layers = layers_of(model)
     if layers is None or not all(entry.module.startswith(f"{name}.") for entry in adapted):
         return None, 0
     depth = min((entry.layer or 0 for entry in adapted), default=0)
     return layers, 0 if _is_random(model, layers[:depth]) else depth
 
 
-def _layers(model: Any) -> tuple[str, nn.ModuleList | None]:
+def layers_of(model: Any) -> tuple[str, nn.ModuleList | None]:
     """Return the name of the list with as many modules as the model says it has layers.
 
     A list within a numbered module is none: what stands in it, an `Entry` would count elsewhere.

@@ -318,6 +318,11 @@ class RuntimeOptions(Options):
         "row and remember what comes out, in memory up to 1 GiB, then in a file without a name on "
         "the disk of `output_dir`; memory: in memory only; off: run them every time.",
     )
+    compile: bool = Field(
+        default=False,
+        description="true: the backbone's layers are compiled by torch.compile, which takes "
+        "minutes before the first steps; for long runs, see [performance](performance.md).",
+    )
     tracking: Literal["none", "tensorboard"] = Field(
         default="none",
         description="tensorboard: also write every round's and every turn's numbers to `logs/` in "

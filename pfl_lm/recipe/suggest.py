@@ -55,6 +55,7 @@ _SYNONYMS = {
     "runtime.output_dir": ("output", "out", "run_dir", "output_folder"),
     "runtime.threads": ("num_threads", "n_threads", "cores"),
     "runtime.diagnostics": ("diagnose", "diagnostic", "diagnosis"),
+    "runtime.compile": ("torch_compile", "compiled", "use_torch_compile"),
     "runtime.tracking": ("tracker", "report_to", "logger", "tensorboard"),
     "training": ("train", "trainer"),
     "training.learning_rate": ("lr", "eta"),

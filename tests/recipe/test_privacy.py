@@ -100,6 +100,11 @@ def test_client_level_and_both(tmp_path: Path) -> None:
             "the rows of a step, or they would not be protected as accounted for; leave it out",
         ),
         (
+            [RECORD, "runtime.compile=true"],
+            "override runtime.compile=true: with `privacy.record_level` each row's gradient is "
+            "looked at inside of the layers, and a compiled one shows nothing; leave it out",
+        ),
+        (
             [CLIENT, UNIFORM, "training.learning_rate=auto"],
             "override training.learning_rate=auto: auto looks at clients' gradients and losses, "
             "which `privacy.client_level` does not cover; give a number",
