@@ -364,3 +364,11 @@ def test_who_was_not_kept_needs_a_file(tmp_path: Path) -> None:
         "--id: 'dora' is not among the clients that data.holdout_clients keeps ('carol')\n"
         "  hint: name one of them, or give the client's rows with --data FILE"
     )
+
+
+def test_who_is_kept_for_later_is_not_missed_when_the_run_goes_on(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", **{"data.holdout_clients": ["carol"]})
+    assert go_on(folder, rounds=3) == folder
+    assert not (folder / "adapters" / "carol").exists()
+    remove(folder, "bob")
+    assert go_on(folder, rounds=4) == folder
