@@ -86,6 +86,16 @@ def test_the_seed_decides(way):
     assert one != other
 
 
+def test_the_seed_decides_who_gets_which_values_too():
+    def values(way, seed):
+        found = deal(rows(120), **WAYS[way], seed=seed)
+        return Counter((record.client, record.label) for record in found)
+
+    for way in ("dirichlet", "shards"):
+        assert values(way, 1) == values(way, 1)
+        assert values(way, 1) != values(way, 2)
+
+
 @pytest.mark.parametrize("way", BY_CHANCE)
 def test_rows_of_a_group_stay_together(way):
     found = deal(rows(120, labels="aaabbb", group="doc"), **WAYS[way])

@@ -43,6 +43,17 @@ def test_clients_with_too_few_rows_are_left_out_and_named(tmp_path):
     ]
 
 
+def test_who_has_just_enough_takes_part(tmp_path):
+    assert list(read_population(people(tmp_path, min_train_samples=5)).clients) == ["b", "c", "d"]
+
+
+def test_who_is_kept_for_later_does_not_go_by_the_alphabet(tmp_path):
+    sizes = {f"person-{i}": 3 for i in range(9)}
+    later = read_population(people(tmp_path, sizes, holdout_clients=4)).held_out
+    assert list(later) == sorted(later)
+    assert list(later) not in (sorted(sizes)[:4], sorted(sizes)[-4:])
+
+
 def test_a_client_that_could_not_take_part_is_left_out_too(tmp_path):
     options = write(
         tmp_path,
