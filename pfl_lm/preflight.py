@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,9 @@ from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LEDGER, LOCK, NOT_BEGUN
+from pfl_lm.model.gguf import converted_folder
 from pfl_lm.model.package import gguf_path
+from pfl_lm.model.targets import refuse_misfit
 from pfl_lm.recipe.checks import (
     refuse_many_threads,
     refuse_no_model,
@@ -64,6 +67,7 @@ def _preflight(loaded: LoadedRecipe, *, to_run: bool) -> Population:
     population, faults = _check(
         Parts(
             recipe.backbone,
+            recipe.adapter,
             recipe.data,
             folder,
             recipe.runtime,
@@ -160,7 +164,8 @@ def _check(parts: Parts) -> tuple[Population | None, list[PflError]]:
     population = try_to(read_population, parts.data, faults)
     clients = None if population is None else population.clients
     _check_cohorts(parts.federation, clients, faults)
-    try_to(_find_backbone, parts.backbone, faults)
+    if (found := try_to(_find_backbone, parts.backbone, faults)) and found.is_dir():
+        try_to(partial(refuse_misfit, found), parts.adapter, faults)
     try_to(refuse_occupied, parts.run_folder, faults)
     try_to(refuse_no_tracker, parts.runtime, faults)
     try_to(refuse_many_threads, parts.runtime, faults)
@@ -204,13 +209,18 @@ def _check_cohorts(
     try_to(refuse, options, faults)
 
 
-def _find_backbone(backbone: BackboneOptions) -> None:
+def _find_backbone(backbone: BackboneOptions) -> Path | None:
+    """Return the folder of weights that a run would load; None if that takes a network to know.
+
+    Weights that are still to be converted are in none yet.
+    """
     if backbone.package is not None and backbone.gguf_file is not None:
-        gguf_path(backbone.package, backbone.gguf_file)
-    elif backbone.model_name_or_path is not None:
-        folder = Path(backbone.model_name_or_path)
-        if folder.is_absolute():  # anything else is a Hub id, which takes a network to check
-            refuse_no_model(folder)
+        return converted_folder(gguf_path(backbone.package, backbone.gguf_file))
+    folder = Path(backbone.model_name_or_path or "")
+    if not folder.is_absolute():  # a Hub id
+        return None
+    refuse_no_model(folder)
+    return folder
 
 
 def as_one(faults: Sequence[PflError]) -> PflError:

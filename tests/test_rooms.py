@@ -144,7 +144,9 @@ def test_preflight_looks_at_files_alone() -> None:
     rooms = {"errors", "recipe", "data", "model", "federation", "resume"}
     assert {room_of(module) for module in used} == rooms
     assert {m for m in used if room_of(m) in ("model", "federation")} == {
+        "pfl_lm.model.gguf",
         "pfl_lm.model.package",
+        "pfl_lm.model.targets",
         "pfl_lm.federation.availability",
         "pfl_lm.federation.cohort",
         "pfl_lm.federation.folder",

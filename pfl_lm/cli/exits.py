@@ -1,8 +1,9 @@
-"""How the command line ends: 0 well, 1 our fault, 2 the user's input, 130 interrupted."""
+"""How the command line ends: 0 well, 1 our fault, 2 the user's input, 130 or 141 broken off."""
 
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pfl_lm.errors import DismissedError, LostRankError, PflError
 OURS = 1
 INPUT = 2
 INTERRUPTED = 130
+UNREAD = 141
+"""What shells say of a process that wrote on when nobody read: 128 and the number of SIGPIPE."""
 
 
 _ACTS = {"Cc", "Cs", "Zl", "Zp"}
@@ -49,7 +52,8 @@ def exits(*, debug: bool) -> Iterator[None]:
         debug: show the traceback as well.
 
     Raises:
-        typer.Exit: with 2 for a `PflError`, 130 for an interrupt, 1 for anything unexpected.
+        typer.Exit: with 2 for a `PflError`, 130 for an interrupt, 141 if nobody reads on, 1 for
+            anything unexpected.
     """
     try:
         yield
@@ -67,6 +71,11 @@ def exits(*, debug: bool) -> Iterator[None]:
         _trace(debug)
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        _trace(debug)
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still to be flushed
+        os.dup2(nowhere, sys.stdout.fileno())
+        raise typer.Exit(UNREAD) from None
     except Exception as error:
         _trace(debug)
         what = f"{type(error).__name__}: {error}".splitlines()[0][:100]

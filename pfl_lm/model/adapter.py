@@ -11,7 +11,7 @@ looking for its name inside their keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,14 +23,13 @@ from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
 from pfl_lm.model.compiled import CompiledLayers
 from pfl_lm.model.states import TrunkStates
+from pfl_lm.model.targets import first_few, refuse_unknown_targets
 from pfl_lm.model.trunk import layers_of, trunk_of
-from pfl_lm.recipe.scalars import brief
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import AdapterOptions
 
 _NAME = "default"
-_SHOWN = 12
 _PREFIX = ("base_model", "model")
 
 
@@ -153,7 +152,7 @@ class Adapter:
         if found != kinds:
             odd = sorted({key for key, _ in found.items() ^ kinds.items()})
             raise ExportError(
-                f"not an adapter as this run's recipe makes it; these differ: {_named(odd)}"
+                f"not an adapter as this run's recipe makes it; these differ: {first_few(odd)}"
             )
         return torch.cat([tensors[key].reshape(-1) for key in due]).to(self.weights.device)
 
@@ -239,33 +238,8 @@ def _plain(value: Any) -> Any:
 
 def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
     linear = [name for name, module in model.named_modules() if _adaptable(module)]
-    unknown = [
-        target
-        for target in options.target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in linear)
-    ]
-    if unknown:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
-        raise ModelError(
-            f"adapter.target_modules: {_named(unknown)} not in this backbone. "
-            f"It has: {', '.join(leaves)}",
-            hint=f"for example adapter.target_modules=[{', '.join(leaves[:2])}]",
-        )
     n_layers = getattr(model.config, "num_hidden_layers", None)
-    if n_layers is None:
-        return  # PEFT itself will say if no such layer is found
-    beyond = [n for n in options.layers_to_transform or () if n >= n_layers]
-    if beyond:
-        raise ModelError(
-            f"adapter.layers_to_transform: [{_named(beyond)}] not in this backbone, "
-            f"which has layers 0 to {n_layers - 1}"
-        )
-
-
-def _named(items: Sequence[object]) -> str:
-    """Return the first few, for a message."""
-    shown = ", ".join(brief(repr(item)) for item in items[:_SHOWN])
-    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
+    refuse_unknown_targets(linear, n_layers, options)
 
 
 def _adaptable(module: nn.Module) -> bool:

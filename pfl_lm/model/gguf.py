@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from pfl_lm.errors import ModelError
@@ -27,9 +28,15 @@ def cache_folder() -> Path:
 
 def converted_folder(gguf: Path) -> Path:
     """Return where the safetensors copy of this GGUF file lies, or would lie."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    about = gguf.stat()
+    digest = _sha256(gguf, about.st_size, about.st_mtime_ns)
     return cache_folder() / "backbones" / f"{gguf.stem}-v{_FORMAT}-{digest[:16]}"
+
+
+@cache
+def _sha256(gguf: Path, size: int, changed: int) -> str:
+    with gguf.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pfl_lm.recipe.places import place_backbone, place_data, place_federation, p
 from pfl_lm.recipe.privacy import PrivacyOptions
 from pfl_lm.recipe.schema import Recipe
 from pfl_lm.recipe.sections import (
+    AdapterOptions,
     BackboneOptions,
     FederationOptions,
     RunName,
@@ -55,6 +56,7 @@ class Parts:
     """What the files of a run depend on; None where the recipe does not say it validly."""
 
     backbone: BackboneOptions | None
+    adapter: AdapterOptions | None
     data: DataOptions | None
     run_folder: Path | None
     runtime: RuntimeOptions | None
@@ -107,6 +109,7 @@ def place(recipe: Recipe, draft: Draft) -> LoadedRecipe:
 def valid_parts(draft: Draft) -> Parts:
     """Return the parts that hold of a draft that does not, so that its files can be checked."""
     backbone = _part(BackboneOptions, "backbone", place_backbone, draft)
+    adapter = _part(AdapterOptions, "adapter", lambda options, draft: options, draft)
     data = _part(DataOptions, "data", place_data, draft)
     runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
     federation = _part(FederationOptions, "federation", place_federation, draft)
@@ -114,9 +117,9 @@ def valid_parts(draft: Draft) -> Parts:
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, data, None, runtime, federation, privacy)
+        return Parts(backbone, adapter, data, None, runtime, federation, privacy)
     folder = Path(runtime.output_dir) / name if runtime else None
-    return Parts(backbone, data, folder, runtime, federation, privacy)
+    return Parts(backbone, adapter, data, folder, runtime, federation, privacy)
 
 
 def _part(

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from pfl_lm.errors import DataError, ModelError, PflError, RecipeError, RunFolderError
+from pfl_lm.model.gguf import converted_folder
 from pfl_lm.model.package import gguf_path
 from pfl_lm.preflight import check_recipe, preflight, refuse_occupied
 from pfl_lm.recipe.checks import refuse_no_model
 from tests.recipe.minimal import load, write
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -261,3 +266,67 @@ def test_model_folders(
     with pytest.raises(ModelError) as caught:
         preflight(loaded)
     assert caught.value.message == f"backbone.model_name_or_path: {folder}: {said}"
+
+
+def weights(folder: Path, **change: object) -> Path:
+    """A copy of the tiny backbone."""
+    shutil.copytree(tiny_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    return folder
+
+
+def fit(tmp_path: Path, folder: Path, *overrides: str) -> None:
+    where = f"backbone={{model_name_or_path: {folder}}}"
+    split = "data.split_column=split"
+    preflight(load(tmp_path, where, split, f"runtime.output_dir={tmp_path}", *overrides))
+
+
+def test_an_adapter_that_does_not_fit_the_backbone_is_refused(
+    tmp_path: Path, clients_jsonl: Path
+) -> None:
+    folder = weights(tmp_path / "model")
+    with pytest.raises(ModelError) as caught:
+        fit(tmp_path, folder, "adapter.target_modules=[c_attn, q_proj]")
+    assert caught.value.message.startswith(
+        "adapter.target_modules: 'c_attn' not in this backbone. It has: down_proj, gate_proj, "
+    )
+    with pytest.raises(ModelError, match=r"\[2\] not in this backbone, which has layers 0 to 1"):
+        fit(tmp_path, folder, "adapter.layers_to_transform=[1, 2]")
+    fit(tmp_path, folder, "adapter.target_modules=[self_attn.q_proj, layers.1.mlp.up_proj]")
+    fit(tmp_path, folder, "adapter.layers_to_transform=[0, 1]")
+
+
+@pytest.mark.parametrize("head", [b"", b"\xff" * 8, (9).to_bytes(8, "little") + b"not JSON!", b"x"])
+def test_weights_whose_head_cannot_be_read_are_left_to_the_loader(
+    tmp_path: Path, clients_jsonl: Path, head: bytes
+) -> None:
+    folder = weights(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(head)
+    fit(tmp_path, folder, "adapter.target_modules=[c_attn]")
+
+
+@pytest.mark.parametrize("said", [None, "many", [1]])
+def test_a_number_of_layers_that_is_not_known_refuses_none(
+    tmp_path: Path, clients_jsonl: Path, said: object
+) -> None:
+    folder = weights(tmp_path / "model", num_hidden_layers=said)
+    fit(tmp_path, folder, "adapter.layers_to_transform=[7]")
+
+
+def test_a_converted_gguf_file_is_looked_at_and_hashed_once(
+    package: Path, tmp_path: Path, clients_jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PFL_LM_CACHE", str(tmp_path / "cache"))
+    where = "backbone={package: weights_of_mine, gguf_file: tiny.gguf}"
+    split, out = "data.split_column=split", f"runtime.output_dir={tmp_path}"
+    asked = where, split, out, "adapter.target_modules=[c_attn]"
+    preflight(load(tmp_path, *asked))  # nothing is known of it yet
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *g: hashed.append(g) or digest(*g))
+    (package / "tiny.gguf").write_bytes(b"another")
+    weights(converted_folder(package / "tiny.gguf"))
+    with pytest.raises(ModelError, match="'c_attn' not in this backbone"):
+        preflight(load(tmp_path, *asked))
+    assert len(hashed) == 1
