@@ -210,7 +210,15 @@ def test_a_fault_that_is_no_divergence_ends_the_comparison(
     assert read_cells(plan).n_left == 0
 
 
-def test_a_target_module_that_is_not_there_is_no_result(tmp_path: Path) -> None:
+def test_a_target_module_that_is_not_there_is_refused_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(PflError, match=r"adapter\.target_modules: 'nope' not in this backbone"):
+        plan_in(tmp_path, **{"adapter.target_modules": ["nope"]})
+
+
+def test_a_target_module_that_turns_out_not_to_be_there_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfl_lm.preflight.refuse_misfit", lambda folder, adapter: None)
     plan = plan_in(tmp_path, **{"adapter.target_modules": ["nope"]})
     with pytest.raises(PflError, match=r"cell pflalign-s7-r0\.1: adapter\.target_modules: 'nope'"):
         run_cells(plan, Told())
