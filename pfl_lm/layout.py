@@ -43,9 +43,14 @@ class Entry:
 
     @property
     def layer(self) -> int | None:
-        """The transformer layer it is in, the first number in its module's path; None if none."""
-        parts = self.module.split(".")
-        return next((int(part) for part in parts if part.isascii() and part.isdigit()), None)
+        """The transformer layer it is in; None if none."""
+        return layer_of(self.module)
+
+
+def layer_of(module: str) -> int | None:
+    """Return the transformer layer a module is in, the first number in its path; None if none."""
+    parts = module.split(".")
+    return next((int(part) for part in parts if part.isascii() and part.isdigit()), None)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfl_lm.layout import layer_of
+from pfl_lm.model.adapter import adaptable
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -70,8 +73,8 @@ class Matrices:
         forward, backward = dict[int, int](), dict[int, int]()
         has_gradient = _inputs_with_gradient(model)
         for name, module in model.named_modules():
-            layer = _layer(name)
-            if module is head or layer is None or not _multiplies(module):
+            layer = layer_of(name)
+            if module is head or layer is None or not adaptable(module):
                 continue
             n, learns = module.weight.numel(), bool(module.weight.requires_grad)
             forward[layer] = forward.get(layer, 0) + n
@@ -79,7 +82,7 @@ class Matrices:
         config = model.config
         heads = getattr(config, "num_attention_heads", 0)
         one = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-        lowest = min((_layer(name) or 0 for name in adapted), default=0)
+        lowest = min((layer_of(name) or 0 for name in adapted), default=0)
         return cls(forward, backward, lowest, head.weight.numel() if head else 0, heads * one)
 
     def step(self, shape: Shape, *, trunk: bool = False) -> int:
@@ -108,7 +111,7 @@ def _inputs_with_gradient(model: nn.Module) -> set[nn.Module]:
             found.add(module)
 
     handles = [
-        module.register_forward_pre_hook(look) for module in model.modules() if _multiplies(module)
+        module.register_forward_pre_hook(look) for module in model.modules() if adaptable(module)
     ]
     try:
         with torch.enable_grad():
@@ -118,12 +121,3 @@ def _inputs_with_gradient(model: nn.Module) -> set[nn.Module]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _layer(name: str) -> int | None:
-    """Return which layer a module is in: the first number in its name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def _multiplies(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -237,10 +237,11 @@ def _plain(value: Any) -> Any:
 
 
 def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
-    linear = [name for name, module in model.named_modules() if _adaptable(module)]
+    linear = [name for name, module in model.named_modules() if adaptable(module)]
     n_layers = getattr(model.config, "num_hidden_layers", None)
     refuse_unknown_targets(linear, n_layers, options)
 
 
-def _adaptable(module: nn.Module) -> bool:
+def adaptable(module: nn.Module) -> bool:
+    """Return whether a module multiplies by a matrix that an adapter can be put beside."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
