@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.sections import RuntimeOptions, TrainingOptions
@@ -110,14 +111,27 @@ def _loose(lever: str, delta: float, n: int, of: str) -> str:
 
 def uncovered(
     privacy: PrivacyOptions,
+    data: DataOptions,
     training: TrainingOptions,
     method: MethodOptions,
     aggregation: AggregationOptions,
     runtime: RuntimeOptions,
 ) -> PydanticCustomError | None:
-    """Return what of a recipe would tell more than its levers account for; None if nothing."""
+    """Return what of a recipe its levers do not account for or cannot go with; None if nothing."""
     lever = privacy.first_asked
     weighting = getattr(method, "weighting", "uniform")
+    if privacy.record_level is not None and data.group_by_length:
+        return broken(
+            "with `privacy.record_level` chance alone draws the rows of a step, or they would not "
+            "be protected as accounted for; leave it out",
+            *("data", "group_by_length"),
+        )
+    if privacy.record_level is not None and runtime.compile:
+        return broken(
+            "with `privacy.record_level` each row's gradient is looked at inside of the layers, "
+            "and a compiled one shows nothing; leave it out",
+            *("runtime", "compile"),
+        )
     if lever is not None and training.rate_is_auto:
         return broken(
             f"auto looks at clients' gradients and losses, which `privacy.{lever}` does not cover; "

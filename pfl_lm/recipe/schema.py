@@ -158,30 +158,10 @@ class Recipe(Options):
         return self
 
     @model_validator(mode="after")
-    def _rows_are_drawn_by_chance_alone(self) -> Self:
-        if self.data.group_by_length and self.privacy.record_level is not None:
-            raise broken(
-                "with `privacy.record_level` chance alone draws the rows of a step, or they would "
-                "not be protected as accounted for; leave it out",
-                "data",
-                "group_by_length",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _each_rows_gradient_is_seen(self) -> Self:
-        if self.runtime.compile and self.privacy.record_level is not None:
-            raise broken(
-                "with `privacy.record_level` each row's gradient is looked at inside of the "
-                "layers, and a compiled one shows nothing; leave it out",
-                "runtime",
-                "compile",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _privacy_covers_what_is_sent(self) -> Self:
-        wrong = uncovered(self.privacy, self.training, self.method, self.aggregation, self.runtime)
+    def _privacy_covers_what_is_done(self) -> Self:
+        wrong = uncovered(
+            self.privacy, self.data, self.training, self.method, self.aggregation, self.runtime
+        )
         if wrong is not None:
             raise wrong
         return self
