@@ -80,19 +80,20 @@ class FederatedDataset:
         if not plain_text:
             check_tokenizer(tokenizer)
         tokenize = RowTokenizer(tokenizer, max_length, on_long)
-        if on_long == "error":
-            tokenize.refuse_long(records_by_client)
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
             train, n_train = tokenize.examples(rows.train)
             validation, n_validation = tokenize.examples(rows.validation)
+            if on_long == "error":
+                tokenize.examples(rows.test)  # at the end it would be too late to say so
             counts: dict[Literal["train", "validation"], Counts]
             counts = {"train": n_train, "validation": n_validation}
             clients[client_id] = ClientData(client_id, train, validation, rows.test, counts)
             for split, count in counts.items():
                 if not count.kept:
                     problems.add(f"client {short(client_id)}: {count.none_left(split, max_length)}")
+        tokenize.refuse_long()
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +10,6 @@ from pfl_lm.data.examples import Example
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Record
 from pfl_lm.data.render import render
-from pfl_lm.data.splits import ClientRows
 from pfl_lm.data.words import short
 from pfl_lm.errors import DataError
 
@@ -55,9 +54,12 @@ class RowTokenizer:
     max_length: int
     on_long: OnLong = "truncate"
     _known: dict[int, int] = field(default_factory=dict)
+    _too_long: Problems = field(default_factory=Problems)
 
     def examples(self, rows: Sequence[Record]) -> tuple[tuple[Example, ...], Counts]:
         """Return the rows that are left to learn from, and what became of all.
+
+        Where longer rows are an error, they are noted for `refuse_long`.
 
         Raises:
             DataError: the template cannot write a row.
@@ -70,6 +72,8 @@ class RowTokenizer:
             if is_long and self.on_long == "drop":
                 long += 1
                 continue
+            if is_long and self.on_long == "error":
+                self._too_long.add(f"{_where(row)}: {len(whole.input_ids)} tokens")
             example = whole.cut(self.max_length)
             if example.n_supervised:
                 ids = tuple(self._known.setdefault(token, token) for token in example.input_ids)
@@ -78,19 +82,13 @@ class RowTokenizer:
         dropped = len(rows) - len(kept) - long
         return tuple(kept), Counts(len(rows), len(kept), truncated, dropped, long)
 
-    def refuse_long(self, rows_by_client: Mapping[str, ClientRows]) -> None:
-        """Name every row that is too long; test rows too, since at the end it would be too late.
+    def refuse_long(self) -> None:
+        """Name every row so far that is too long, if that is an error.
 
         Raises:
-            DataError: there are some, or the template cannot write a row.
+            DataError: there are some.
         """
-        problems = Problems()
-        for client_id, rows in sorted(rows_by_client.items()):
-            for row in (*rows.train, *rows.validation, *rows.test):
-                n = len(self._rendered(row).input_ids)
-                if n > self.max_length:
-                    problems.add(f"{row.place} (client {short(client_id)}): {n} tokens")
-        problems.raise_if_any(
+        self._too_long.raise_if_any(
             f"data.on_long is error, data.max_length {self.max_length}, and some rows are longer",
             hint="raise data.max_length, or set data.on_long: truncate, or drop",
         )
@@ -99,5 +97,8 @@ class RowTokenizer:
         try:
             return render(self.tokenizer, row.content)
         except DataError as error:
-            where = f"{row.place} (client {short(row.client)})"
-            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+            raise DataError(f"{_where(row)}: {error.message}", hint=error.hint) from error
+
+
+def _where(row: Record) -> str:
+    return f"{row.place} (client {short(row.client)})"
