@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,29 @@ _MEGA = 8
 """Micro-batches among whose rows those of like length are put together."""
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+class Rows:
+    """A batch's rows as they were, without padding; they stay where they are when it is moved.
+
+    Whoever needs to know which rows a batch has would otherwise ask the device, and wait for it.
+    """
+
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: Iterable[tuple[int, ...]]) -> None:
+        self.ids = tuple(ids)
+
+    def to(self, *where: object, **how: object) -> Rows:
+        """Stay: what moves a batch asks everything in it that can be moved."""
+        return self
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Pad examples on the right to the longest of them.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``(batch, seq)``. Labels
         are not shifted: ``labels[:, i]`` is ``input_ids[:, i]`` where supervised, else -100.
-        ``positions``, int64 ``(n,)``, are those of `predicting`.
+        ``positions``, int64 ``(n,)``, are those of `predicting`. ``rows`` are `Rows`.
     """
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -47,6 +64,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         "attention_mask": attention_mask,
         "labels": labels,
         "positions": predicting(labels),
+        "rows": Rows(example.input_ids for example in examples),
     }
 
 
@@ -65,7 +83,7 @@ def training_batches(
     pad_token_id: int,
     seed: int,
     group_by_length: bool = False,
-) -> DataLoader[dict[str, Tensor | int]]:
+) -> DataLoader[dict[str, Any]]:
     """Make the ``steps * accumulation`` micro-batches of one client turn.
 
     They walk through the rows in shuffled passes without replacement. No row is left out, and a
@@ -104,7 +122,7 @@ def training_batches(
 
 def evaluation_batches(
     examples: Sequence[Example], batch_size: int, pad_token_id: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield every example once, longest first, as (positions in ``examples``, batch).
 
     Rows of like length share a batch, which saves padding; the positions bring the scores back in
@@ -153,7 +171,7 @@ def _by_length_in_windows(
     return dealt
 
 
-class _MicroBatches(Dataset[dict[str, Tensor | int]]):
+class _MicroBatches(Dataset[dict[str, Any]]):
     """Micro-batches by position, padded only when they are asked for."""
 
     def __init__(
@@ -175,7 +193,7 @@ class _MicroBatches(Dataset[dict[str, Tensor | int]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         chosen = [self._examples[i] for i in self._rows[index]]
         window_tokens = self._window_tokens[index // self._accumulation]
         return {**collate(chosen, self._pad_token_id), "window_tokens": window_tokens}

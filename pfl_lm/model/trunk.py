@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from pfl_lm.data.batches import Rows
 from pfl_lm.layout import Entry
 from pfl_lm.model.states import Row, TrunkStates
 
@@ -53,16 +54,21 @@ class Trunk:
         """Return the model's head, as the model does."""
         return self.model.get_output_embeddings()
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Run the model on rows that are padded on the right, ``(batch, seq)``."""
-        with self._from(self._states(input_ids, attention_mask)):
+    def __call__(
+        self, *, input_ids: Tensor, attention_mask: Tensor, rows: Rows | None = None, **options: Any
+    ) -> Any:
+        """Run the model on rows that are padded on the right, ``(batch, seq)``.
+
+        ``rows`` are the same without their padding. Where they are not given, the tensors are asked
+        for them, which on a GPU waits for all that was asked of it before.
+        """
+        ids = _rows_in(input_ids, attention_mask) if rows is None else rows.ids
+        with self._from(self._states(ids, input_ids.shape)):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
-    def _states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        lengths = attention_mask.sum(dim=1).tolist()
-        rows = [tuple(ids[:n]) for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
+    def _states(self, rows: Sequence[Row], shape: torch.Size) -> Tensor:
         states = [self.states.of(self.depth, row, self._made) for row in rows]
-        padded = states[0].new_zeros(*input_ids.shape, states[0].shape[1])
+        padded = states[0].new_zeros(*shape, states[0].shape[1])
         for row, own in zip(padded, states, strict=True):
             row[: len(own)] = own
         return padded
@@ -97,6 +103,11 @@ class Trunk:
             return out
 
         return handed_on
+
+
+def _rows_in(input_ids: Tensor, attention_mask: Tensor) -> list[Row]:
+    lengths = attention_mask.sum(dim=1).tolist()
+    return [tuple(ids[:n]) for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
 
 
 def trunk_of(model: Any, adapted: Sequence[Entry], states: TrunkStates) -> Trunk | None:

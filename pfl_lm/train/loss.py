@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pfl_lm.data.batches import IGNORED, predicting
 from pfl_lm.model.head import logits_at, top_of
+from pfl_lm.model.trunk import Trunk
 
 
 def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -22,9 +23,10 @@ def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
     ``input_ids``, ``attention_mask`` and ``labels`` have shape ``(batch, seq)``; a label is the
     token at its own position, predicted from the position before. ``positions``, if it is there,
-    are those that predict a supervised token, ``(n,)``, into the batch flattened.
+    are those that predict a supervised token, ``(n,)``, into the batch flattened; ``rows`` save a
+    `Trunk` from asking the device which rows they are.
     """
-    inputs, positions, wanted = _asked(batch)
+    inputs, positions, wanted = _asked(model, batch)
     if (top := top_of(model, inputs, positions)) is not None:
         return top.nll(wanted).sum()
     logits = logits_at(model, inputs, positions).float()
@@ -33,7 +35,7 @@ def nll_sum(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 def nll_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return the negative log-likelihood of each row's supervised tokens, in nats, ``(batch,)``."""
-    inputs, positions, wanted = _asked(batch)
+    inputs, positions, wanted = _asked(model, batch)
     if (top := top_of(model, inputs, positions)) is not None:
         return _by_row(top.nll(wanted), positions, batch)
     logits = logits_at(model, inputs, positions).float()
@@ -50,7 +52,7 @@ def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
     Where a model's numbers are not finite, it is wrong.
     """
-    inputs, positions, wanted = _asked(batch)
+    inputs, positions, wanted = _asked(model, batch)
     top = top_of(model, inputs, positions)
     parts = [logits_at(model, inputs, positions)] if top is None else top.logits()
     highest, guess = (
@@ -61,11 +63,13 @@ def error_by_row(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return _by_row(wrong, positions, batch) / _n_supervised(batch)
 
 
-def _asked(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _asked(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Return what the model is given, where it predicts, and what it should, both ``(n,)``."""
     labels: Tensor = batch["labels"]
     positions = batch["positions"] if "positions" in batch else predicting(labels)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if isinstance(model, Trunk) and "rows" in batch:
+        inputs["rows"] = batch["rows"]
     return {**inputs, "use_cache": False}, positions, labels.flatten()[positions + 1]
 
 

@@ -40,6 +40,7 @@ def test_collate_pads_on_the_right_and_marks_by_position():
     # Token 9 is padding and a supervised token too, as where pad and end of turn are the same.
     batch = collate([Example((1, 2, 9), ((1, 3),)), Example((9, 5, 6, 7, 9), ((2, 4),))], PAD)
 
+    assert batch.pop("rows").ids == ((1, 2, 9), (9, 5, 6, 7, 9))
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 9, 9, 9], [9, 5, 6, 7, 9]],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],

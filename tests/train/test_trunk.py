@@ -100,6 +100,20 @@ def test_the_lowest_layer_runs_once_for_each_row(world: World, adapter: Adapter)
     assert runs == [len({example.input_ids for example in examples})]
 
 
+def test_a_step_with_remembered_rows_does_not_ask_which_rows_they_are(
+    world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = collate(world.examples(n_rows=4), world.backbone.pad_token_id)
+    wanted = step(adapter, adapter.forward, {k: batch[k] for k in batch if k != "rows"})
+    with monkeypatch.context() as patch:
+        for asking in ("tolist", "item", "__int__", "__float__"):  # transformers asks for a bool
+            patch.setattr(Tensor, asking, lambda tensor: pytest.fail("it has waited"))
+        adapter.zero_grad()
+        loss = nll_sum(adapter.forward, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert same((loss.detach(), adapter.grads), wanted)
+
+
 def test_states_do_not_depend_on_what_was_met_before(world: World) -> None:
     examples = world.examples(n_rows=4)
     batch = collate(examples, world.backbone.pad_token_id)
