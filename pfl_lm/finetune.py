@@ -21,6 +21,7 @@ from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.evaluate import RowScores
 from pfl_lm.export.adapters import ClientResult, export_adapters
+from pfl_lm.federation.behind import Behind
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
@@ -121,7 +122,9 @@ def finetune(
     ready, adapter = rank_0_first(accelerator, prepare)
     backbone, dataset = ready.backbone, ready.dataset
     names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
-    store = Store(loaded.run_folder, names, accelerator.device)
+    # another rank's state has to be on disk when it answers, for its row is rank 0's to write
+    behind = Behind() if main else None
+    store = Store(loaded.run_folder, names, accelerator.device, behind)
     fixed = _Fixed(
         accelerator, backbone, adapter, adapter.read(), dataset, store, watch, ready.base
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pfl_lm.errors import PflError, listed
 from pfl_lm.federation.cohort import Cohorts
@@ -16,7 +18,7 @@ from pfl_lm.federation.faults import (
     upload_fault,
 )
 from pfl_lm.federation.fleet.serial import Fleet
-from pfl_lm.federation.history import MOST_TRIES
+from pfl_lm.federation.history import MOST_TRIES, StateFile
 from pfl_lm.federation.ledger import Ledger, size_in_bytes
 from pfl_lm.federation.messages import Assignment, Fault, Kind, Update
 from pfl_lm.federation.noise import client_noise
@@ -93,8 +95,9 @@ class Orchestrator:
         most = longest_update(server)
         while waiting := self.ledger.waiting(round):
             sent: dict[str, Broadcast] = {}
-            for update in self.fleet.run(self._to_train(round, server, waiting, sent)):
-                self._settle(update, sent.pop(update.client), most)
+            with self._on_disk():
+                for update in self.fleet.run(self._to_train(round, server, waiting, sent)):
+                    self._settle(update, sent.pop(update.client), most)
         turns = len(self.ledger.turns(round))
         if turns < self.recipe.federation.min_clients:
             self.ledger.forgive(round)
@@ -119,30 +122,43 @@ class Orchestrator:
         sent: dict[str, Broadcast] = {}
         newcomers = self.ledger.newcomers(round)
         tasks = self._to_train(round, server, newcomers, sent, counted=False)
-        for update in self.fleet.run(tasks):
-            if update.fault is not None:
-                what = update.fault.message
-                raise PflError(f"{update.client}: its first turn has failed: {what}")
-            size = size_in_bytes(sent.pop(update.client).vectors.values())
-            kept = replace(update, upload=Upload({}, weight=0.0))
-            self.ledger.commit_turn(kept, None, bytes_down=size)
-            self.watch.turn(update)
+        with self._on_disk():
+            for update in self.fleet.run(tasks):
+                if update.fault is not None:
+                    what = update.fault.message
+                    raise PflError(f"{update.client}: its first turn has failed: {what}")
+                kept = replace(update, upload=Upload({}, weight=0.0))
+                self._keep(kept, None, sent.pop(update.client))
+                self.watch.turn(update)
 
     def _settle(self, update: Update, sent: Broadcast, most: float) -> None:
-        """Commit what came of a turn: the turn, or its fault."""
+        """Commit what came of a turn: the turn, some time before `_on_disk` is over, or its fault."""
         round, client = update.round, update.client
         fault = update.fault or upload_fault(sent, upload_of(update), most)
         if fault is not None and fault.kind in DIVERGED and self._checks(round):
             raise RateTooHighError(f"{client}: {fault.message}")
         if fault is not None:
+            self.store.settle()
             self._note(update, fault, self.ledger.commit_fault(round, client, fault))
             if update.state is not None:  # written before the upload was looked at
                 self.store.discard([update.state.path])
             return
-        file = self.store.save_upload(client, round, upload_of(update))
-        self.ledger.commit_turn(update, file, bytes_down=size_in_bytes(sent.vectors.values()))
+        self._keep(update, self.store.save_upload(client, round, upload_of(update)), sent)
         self.watch.turn(update)
         _refuse_rising_loss(client, update.summary)
+
+    def _keep(self, update: Update, file: StateFile | None, sent: Broadcast) -> None:
+        """Commit a turn as soon as its files are on disk, while the next client trains."""
+        down = size_in_bytes(sent.vectors.values())
+        self.store.then(partial(self.ledger.commit_turn, update, file, bytes_down=down))
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """Do not leave the body, well or not, before its turns are committed."""
+        try:
+            yield
+        finally:
+            self.store.settle()
 
     def _note(self, update: Update, fault: Fault, tries: int) -> None:
         then = "trying once more" if tries < MOST_TRIES else "it sits this round out"

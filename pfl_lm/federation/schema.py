@@ -97,7 +97,8 @@ def connect(path: Path) -> sqlite3.Connection:
     if path.is_symlink():
         raise RunFolderError(f"{path}: a link; a run folder's ledger is a file in it")
     with explained(path):
-        connection = sqlite3.connect(path, isolation_level=None)
+        # turns are committed by a thread of their own, at most one at a time
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             _prepare(connection, path)
         except BaseException:

@@ -2,13 +2,16 @@
 
 A file is written and synced before the ledger's row that names it; the row is the commit. A file
 that no row names is as good as absent. Numbers beside the tensors are JSON in the file's metadata.
+
+What a turn leaves is written behind the next one, where the run has a thread for it: its state, its
+upload and then its row, so that a process that ends has done them in this order or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -17,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from pfl_lm.errors import RunFolderError, listed
+from pfl_lm.federation.behind import Behind
 from pfl_lm.federation.folder import FOLDERS, STATES, UNFINISHED, UPLOADS
 from pfl_lm.federation.history import StateFile
 from pfl_lm.files import explained, write_atomically
@@ -34,17 +38,42 @@ class Store:
         run_folder: ``<runtime.output_dir>/<name>``.
         slugs: the folder name of each client.
         device: where loaded vectors go.
+        behind: who writes what a turn leaves; None to have it written at once.
     """
 
-    def __init__(self, run_folder: Path, slugs: Mapping[str, str], device: torch.device) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        slugs: Mapping[str, str],
+        device: torch.device,
+        behind: Behind | None = None,
+    ) -> None:
         self.run_folder = run_folder
         self.slugs = slugs
         self.device = device
+        self._behind = behind
+
+    def then(self, job: Callable[[], object]) -> None:
+        """Do something once all that was saved before is on disk, as a row that names it."""
+        if self._behind is None:
+            job()
+        else:
+            self._behind.do(job)
+
+    def settle(self) -> None:
+        """Wait until all that was saved is on disk, and what was to be done then is done.
+
+        Raises:
+            RunFolderError: something could not be written.
+        """
+        if self._behind is not None:
+            self._behind.settle()
 
     def save_client(self, client: str, round: int, state: ClientState) -> StateFile:
-        """Write a client's private state of one round."""
+        """Write a client's private state of one round, once the turn before is on disk."""
+        self.settle()  # so that no more than one turn is waiting in memory
         path = f"clients/{self.slugs[client]}/state-{round}.safetensors"
-        return self._write(path, state.vectors, state.scalars)
+        return self._write_behind(path, state.vectors, state.scalars)
 
     def load_client(self, file: StateFile) -> ClientState:
         """Read a client's state back, checked against its row."""
@@ -62,7 +91,8 @@ class Store:
     def save_upload(self, client: str, round: int, upload: Upload) -> StateFile:
         """Write what a client sent, until the round is aggregated."""
         path = f"uploads/{round}/{self.slugs[client]}.safetensors"
-        return self._write(path, upload.vectors, {**upload.scalars, "weight": upload.weight})
+        scalars = {**upload.scalars, "weight": upload.weight}
+        return self._write_behind(path, upload.vectors, scalars)
 
     def load_upload(self, file: StateFile) -> Upload:
         """Read what a client sent, checked against its row."""
@@ -156,10 +186,16 @@ class Store:
     def _write(
         self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]
     ) -> StateFile:
-        tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
-        # One entry: safetensors writes several in an order that changes from call to call.
-        content = save(tensors, metadata={"scalars": json.dumps(scalars, sort_keys=True)})
+        content = _content_of(vectors, scalars)
         return StateFile(path, write_atomically(self._place(path), content))
+
+    def _write_behind(
+        self, path: str, vectors: Mapping[str, Vector], scalars: Mapping[str, float]
+    ) -> StateFile:
+        """Return the file that there will be; the vectors are free to change meanwhile."""
+        content, place = _content_of(vectors, scalars), self._place(path)
+        self.then(lambda: write_atomically(place, content))
+        return StateFile(path, hashlib.sha256(content).hexdigest())
 
     def _content(self, file: StateFile) -> bytes:
         path = self._place(file.path)
@@ -179,6 +215,13 @@ class Store:
             where = self.run_folder / file.path
             raise RunFolderError(f"{where}: cannot be read: {error}") from error
         return vectors, scalars
+
+
+def _content_of(vectors: Mapping[str, Vector], scalars: Mapping[str, float]) -> bytes:
+    tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
+    # One entry: safetensors writes several in an order that changes from call to call.
+    content: bytes = save(tensors, metadata={"scalars": json.dumps(scalars, sort_keys=True)})
+    return content
 
 
 def _check_kinds(vectors: Mapping[str, Vector], scalars: object) -> None:
