@@ -16,14 +16,14 @@ from tests.tiny import tiny_recipe
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local"])
-def test_a_run_that_diverges_says_so_and_keeps_its_scores(tmp_path: Path, method: str) -> None:
+def test_a_run_that_diverges_says_so(tmp_path: Path, method: str) -> None:
     changes = {"training.learning_rate": 1e38, "method.name": method}
     error = refused(tmp_path, TooFewClientsError, **changes)
     few = "0 of 3 clients came through, federation.min_clients is 1: 3 problems"
     assert error.message.startswith(f"round 1: {few}\n  alice: its state holds NaN or infinity: ")
     lower = "lower training.learning_rate (now 1e+38), in a new run"
     assert error.hint == f"training has diverged: {lower}"
-    assert {row["round"] for row in scored(tmp_path / "runs" / "tiny")} == {"0"}
+    assert scored(tmp_path / "runs" / "tiny") == []
 
 
 @pytest.fixture

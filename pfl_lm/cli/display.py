@@ -93,7 +93,7 @@ class Display(Watch):
         self.interrupts.patient = True
         self.workload = workload
         self.estimate = Estimate(workload, self.rows_in_step)
-        self._task = self._progress.add_task("round 0", total=1.0, left="")
+        self._task = self._progress.add_task("round 1", total=1.0, left="")
         if workload.done is None:
             self._print(f"{workload.clients} clients, {workload.rounds} rounds: {_to_do(workload)}")
         else:

@@ -138,10 +138,9 @@ class ClientSide:
     def _evaluate(self, task: Assignment) -> Update:
         began = time.perf_counter()
         rows = self.dataset.validation(task.client)
-        name, vector = next(iter(self.candidates(task.client, task.sent, task.state).items()))
-        if task.round == 0:  # before any training every candidate is the untouched backbone
-            name = BASE
-        scored = self._rows(task, "validation", name, vector, rows)
+        candidates = self.candidates(task.client, task.sent, task.state)
+        name = next(iter(candidates)) if task.round else BASE  # round 0 is before any training
+        scored = self._rows(task, "validation", name, candidates[name], rows)
         return Update(
             run=task.run,
             round=task.round,

@@ -70,7 +70,8 @@ class Orchestrator:
             server = self.store.load_server(self.ledger.server_file(last))
             refuse_other_kind(f"the server's state after round {last}", server, start)
         self._welcome(last, server)
-        self._score(last, server)
+        if last:
+            self._score(last, server)
 
         for round in range(last + 1, self.recipe.federation.rounds + 1):
             self._draw(round)
@@ -132,7 +133,7 @@ class Orchestrator:
                 self.watch.turn(update)
 
     def _settle(self, update: Update, sent: Broadcast, most: float) -> None:
-        """Commit what came of a turn: the turn, some time before `_on_disk` is over, or its fault."""
+        """Commit what came of a turn: itself, before `_on_disk` is over, or its fault, at once."""
         round, client = update.round, update.client
         fault = update.fault or upload_fault(sent, upload_of(update), most)
         if fault is not None and fault.kind in DIVERGED and self._checks(round):
@@ -179,7 +180,12 @@ class Orchestrator:
         self.store.discard(self.ledger.superseded(round))
 
     def _score(self, round: int, server: ServerState) -> None:
-        """Score every client that has not been, and report the round."""
+        """Score every client that has not been, and report the round.
+
+        The untouched backbone, which is round 0, waits for round 1: training comes first.
+        """
+        if round == 1:
+            self._score(0, server)
         began = time.perf_counter()
         final = round == self.recipe.federation.rounds
         done = self.ledger.chosen(round) if final else self.ledger.scored(round)

@@ -1,4 +1,4 @@
-"""What a turn leaves is written behind the next one: in order, all of it, and beside the training."""
+"""What a turn leaves is written behind the next one: in order, and while that one trains."""
 
 from __future__ import annotations
 
