@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.splits import rows_to_train
 from pfl_lm.errors import ExportError
 from pfl_lm.evaluate import BASE
 from pfl_lm.evaluate.gibbs import noisy_token_error, token_error
@@ -92,6 +93,12 @@ def client_figures(
         PflError: the run, its rows, its backbone or its adapters are not what its ledger says.
     """
     recipe, folder = loaded.recipe, loaded.run_folder
+    if recipe.mixes_ranks:
+        raise ExportError(
+            f"{folder}: its clients' adapters differ in rank or modules, and the figures are "
+            "of adapters of one shape",
+            hint="they can be had of runs without `r` and `target_modules` in `clients`",
+        )
     index = read_index(folder)
     clients = run_clients(loaded)
     if strangers := sorted(index.clients.keys() - clients.keys()):
@@ -103,7 +110,8 @@ def client_figures(
     with glance(folder) as ledger:
         about = {} if ledger is None else ledger.about()
     refuse_other_backbone(about, {"backbone": backbone.fingerprint}, folder)
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length)
+    lengths = recipe.own_lengths(rows_to_train(clients))
+    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length, lengths)
     seed = derive_seed(recipe.seed, "adapter")
     trunk = None if recipe.runtime.trunk_cache == "off" else TrunkStates()
     with closing(Adapter(backbone, recipe.adapter, seed=seed, trunk=trunk)) as adapter:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
-from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.errors import PflError
 from pfl_lm.evaluate import RowScores
 from pfl_lm.export.adapters import ClientResult, export_adapters
@@ -32,6 +32,7 @@ from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Split
 from pfl_lm.federation.noise import noise_seed
 from pfl_lm.federation.opening import begun, gone_on_with
+from pfl_lm.federation.own import own_layouts, own_rates
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
 from pfl_lm.federation.slugs import slugs
@@ -112,7 +113,7 @@ def finetune(
         ready = common or load_common(recipe, clients, accelerator.device, watch)
         return ready, Adapter(
             ready.backbone,
-            recipe.adapter,
+            recipe.largest_adapter,
             seed=derive_seed(recipe.seed, "adapter"),
             trunk=None if recipe.runtime.trunk_cache == "off" else ready.trunk,
             compile=recipe.runtime.compile,
@@ -126,7 +127,15 @@ def finetune(
     behind = Behind() if main else None
     store = Store(loaded.run_folder, names, accelerator.device, behind)
     fixed = _Fixed(
-        accelerator, backbone, adapter, adapter.read(), dataset, store, watch, ready.base
+        accelerator,
+        backbone,
+        adapter,
+        adapter.read(),
+        dataset,
+        store,
+        watch,
+        ready.base,
+        rows_to_train(clients),
     )
     with closing(adapter):
         if main:
@@ -146,7 +155,9 @@ def load_common(
     """
     watch.note(f"loading the backbone onto {device}")
     backbone = load_backbone(recipe.backbone, device, watch.note)
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length)
+    dataset = FederatedDataset.build(
+        clients, backbone.tokenizer, *recipe.data.length, recipe.own_lengths(rows_to_train(clients))
+    )
     _note_cut_rows(dataset, recipe, watch)
     for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):
         watch.note(told)
@@ -180,7 +191,10 @@ def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume:
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """What a run has on every rank, whatever its learning rate turns out to be."""
+    """What a run has on every rank, whatever its learning rate turns out to be.
+
+    ``n_rows`` are each client's train rows as they were read, by which ``clients``' rules go.
+    """
 
     accelerator: Accelerator
     backbone: Backbone
@@ -190,6 +204,7 @@ class _Fixed:
     store: Store
     watch: Watch
     base: dict[tuple[str, Split], RowScores]
+    n_rows: Mapping[str, int]
 
 
 def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
@@ -221,7 +236,7 @@ def _rounds(
     fleet: Fleet = SerialFleet(side)
     if fixed.accelerator.num_processes > 1:
         fleet = RankFleet(side, fixed.accelerator)
-    steps = {c.id: recipe.training.steps_for(c.n_train) for c in fixed.dataset}
+    steps = {c.id: side.training_of(c.id).steps_for(c.n_train) for c in fixed.dataset}
     cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
     _note_own_candidate(side, server, ledger)
@@ -243,6 +258,7 @@ def _rounds(
 
 def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSide:
     """Build what carries out tasks on this rank; the one that averages needs the ``secret``."""
+    own = {client: recipe.own(client, fixed.n_rows[client]) for client in fixed.dataset.client_ids}
     setup = Setup(
         layout=fixed.adapter.layout,
         n_clients=len(fixed.dataset),
@@ -250,6 +266,8 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         training=recipe.training,
         aggregation=recipe.aggregation,
         client_level=ClientLevel.of(recipe.privacy, secret),
+        layouts=own_layouts(fixed.adapter.layout, recipe, own),
+        rates=own_rates(recipe, own),
     )
     return ClientSide(
         method=METHODS[recipe.method.name](recipe.method, setup),
@@ -264,6 +282,7 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         group_by_length=recipe.data.group_by_length,
         record_level=recipe.privacy.record_level,
         diagnose=recipe.runtime.diagnostics,
+        own=own,
     )
 
 

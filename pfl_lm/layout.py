@@ -9,7 +9,7 @@ tensor, which A belongs to which B, and nothing about where the names came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -51,6 +51,11 @@ def layer_of(module: str) -> int | None:
     """Return the transformer layer a module is in, the first number in its path; None if none."""
     parts = module.split(".")
     return next((int(part) for part in parts if part.isascii() and part.isdigit()), None)
+
+
+def _narrowed(entry: Entry, r: int) -> tuple[int, ...]:
+    rows, columns = entry.shape
+    return (min(r, rows), columns) if entry.factor == "A" else (rows, min(r, columns))
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,52 @@ class AdapterLayout:
                 start = of_layer.pop().start
             of_layer.append(slice(start, entry.stop))
         return {layer: tuple(slices) for layer, slices in found.items()}
+
+    def narrowed(self, r: int, modules: Collection[str]) -> AdapterLayout:
+        """Return the layout of an adapter of rank ``r`` at most, on these modules alone.
+
+        A module is named by the end of its path, as PEFT has it: ``q_proj`` is every layer's.
+        """
+        return AdapterLayout.of(
+            (entry.module, entry.factor, _narrowed(entry, r))
+            for entry in self.entries
+            if any(entry.module == name or entry.module.endswith(f".{name}") for name in modules)
+        )
+
+    def where(self, own: AdapterLayout) -> Tensor:
+        """Return ``(d,)``: true where a number of this layout is one of ``own``, a narrowed one.
+
+        Those are the first rows of each A and the first columns of each B, and taken in this order
+        they are a vector of ``own``.
+        """
+        shapes = {entry.name: entry.shape for entry in own.entries}
+        chosen = torch.zeros(self.d, dtype=torch.bool)
+        for entry, view in self.views(chosen):
+            if entry.name in shapes:
+                rows, columns = shapes[entry.name]
+                view[:rows, :columns] = True
+        return chosen
+
+    def taken(self, vector: Vector, own: AdapterLayout) -> Vector:
+        """Return the numbers of a vector ``(d,)`` that a narrowed layout has: ``(own.d,)``."""
+        return vector if own == self else vector[self.where(own).to(vector.device)]
+
+    def filled(self, vector: Vector, own: AdapterLayout) -> Vector:
+        """Return ``(d,)``: a vector of a narrowed layout, and zeros where that has no number.
+
+        It acts as the narrow one does: a row of A and a column of B that are zero together add
+        nothing to B A, nor have they a gradient, since that of either is the other's multiple.
+
+        Raises:
+            ValueError: the vector is not of ``own``.
+        """
+        if vector.shape != (own.d,):
+            raise ValueError(f"expected a vector of shape ({own.d},), got {tuple(vector.shape)}")
+        if own == self:
+            return vector
+        whole = vector.new_zeros(self.d)
+        whole[self.where(own).to(vector.device)] = vector
+        return whole
 
     def views(self, vector: Vector) -> Iterator[tuple[Entry, Tensor]]:
         """Yield each matrix as a view into the vector: writing to it writes to the vector.

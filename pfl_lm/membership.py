@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pfl_lm.data.federated import FederatedDataset
-from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.export.index import NAME, read_index
 from pfl_lm.federation.folder import LEDGER
@@ -133,7 +133,8 @@ def _refuse_sums(loaded: LoadedRecipe, member: Member, folder: Path) -> None:
 def _dataset(loaded: LoadedRecipe, rows: Mapping[str, ClientRows]) -> FederatedDataset:
     options = loaded.recipe.backbone
     tokenizer = load_tokenizer(find_source(options, lambda text: None), options)
-    return FederatedDataset.build(rows, tokenizer, *loaded.recipe.data.length)
+    lengths = loaded.recipe.own_lengths(rows_to_train(rows))
+    return FederatedDataset.build(rows, tokenizer, *loaded.recipe.data.length, lengths)
 
 
 def _remove_export(folder: Path, member: Member) -> None:

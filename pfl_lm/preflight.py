@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pfl_lm.data.population import Population, read_population
-from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.errors import PflError, RunFolderError
 from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
@@ -28,6 +28,7 @@ from pfl_lm.recipe.checks import (
     refuse_no_opacus,
     refuse_no_tracker,
 )
+from pfl_lm.recipe.clients import refuse_idle_rules
 from pfl_lm.recipe.contenders import contenders
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.load import LoadedRecipe, Parts, check_draft, valid_parts
@@ -73,6 +74,7 @@ def _preflight(loaded: LoadedRecipe, *, to_run: bool) -> Population:
             recipe.runtime,
             recipe.federation,
             recipe.privacy,
+            recipe.clients,
         )
     )
     if faults or population is None:
@@ -163,9 +165,14 @@ def _check(parts: Parts) -> tuple[Population | None, list[PflError]]:
     faults: list[PflError] = []
     population = try_to(read_population, parts.data, faults)
     clients = None if population is None else population.clients
+    if population is not None:
+        everybody = population.clients | population.held_out
+        n_rows = rows_to_train(everybody)
+        try_to(partial(refuse_idle_rules, n_rows=n_rows), parts.clients, faults)
     _check_cohorts(parts.federation, clients, faults)
     if (found := try_to(_find_backbone, parts.backbone, faults)) and found.is_dir():
         try_to(partial(refuse_misfit, found), parts.adapter, faults)
+        _check_own_modules(found, parts, faults)
     try_to(refuse_occupied, parts.run_folder, faults)
     try_to(refuse_no_tracker, parts.runtime, faults)
     try_to(refuse_many_threads, parts.runtime, faults)
@@ -207,6 +214,15 @@ def _check_cohorts(
 
     trace = try_to(read, options, faults)
     try_to(refuse, options, faults)
+
+
+def _check_own_modules(folder: Path, parts: Parts, faults: list[PflError]) -> None:
+    """Check the modules of each rule against a folder of weights."""
+    for i, rule in enumerate(parts.clients or ()):
+        if parts.adapter is not None and rule.target_modules is not None:
+            own = parts.adapter.model_copy(update={"target_modules": rule.target_modules})
+            key = f"clients[{i}].target_modules"
+            try_to(partial(refuse_misfit, folder, key=key), own, faults)
 
 
 def _find_backbone(backbone: BackboneOptions) -> Path | None:

@@ -259,7 +259,10 @@ def _flat(data: Mapping[str, object], above: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in data.items():
         name = f"{above}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+            value = {f"[{i}]": each for i, each in enumerate(value)}
+            flat |= {f"{name}{key}": each for key, each in _flat(value).items()}
+        elif isinstance(value, Mapping):
             flat |= _flat(value, f"{name}.")
         else:
             flat[name] = value

@@ -144,13 +144,19 @@ def load_case(
 
     Raises:
         PflError: the backbone cannot be loaded, a client's rows cannot be learned from, or the
-            recipe asks for private training, which no loop here does.
+            recipe asks for private training, which no loop here does, or has rules for some
+            clients.
     """
     recipe = loaded.recipe
     if recipe.privacy.record_level is not None:
         raise RecipeError(
             "privacy.record_level: private steps are not measured, no loop here does their work",
             hint="leave it out for the measurement: privacy.record_level=null",
+        )
+    if recipe.clients:
+        raise RecipeError(
+            "clients: a measurement is of one client like all others",
+            hint="leave the rules out for the measurement: clients=[]",
         )
     backbone = load_backbone(recipe.backbone, device, say)
     place = find_source(recipe.backbone).place

@@ -82,9 +82,12 @@ def _clients(clients: tuple[ClientPlan, ...]) -> Table:
     names = ("train", "validation", "test", "tokens", "cut", "dropped", "steps")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
+    if any(client.own for client in clients):
+        table.add_column("its own", overflow="fold")
     for client in clients[:MOST_CLIENTS]:
         numbers = [f"{getattr(client, name):,}" for name in names]
-        table.add_row(Text(label(client.id)), *numbers)
+        own = [client.own] if client.own else []
+        table.add_row(Text(label(client.id)), *numbers, *own)
     if len(clients) > MOST_CLIENTS:
         table.add_row(f"and {len(clients) - MOST_CLIENTS} more")
     table.add_section()
@@ -105,16 +108,16 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "adapter",
         f"{plan.layout.d:,} parameters, {size(4 * plan.layout.d)}, "
-        f"on {len(plan.layout.pairs)} matrices",
+        f"on {len(plan.layout.pairs)} matrices{'; of the largest' if plan.smaller else ''}",
     )
     yield (
         "state",
-        f"{size(sum(traffic.state.values()))} a client stays with it: {', '.join(traffic.state)}",
+        f"{'up to ' if plan.smaller else ''}{size(sum(traffic.state.values()))} a client stays "
+        f"with it: {', '.join(traffic.state)}",
     )
     least, most = plan.in_round
     in_round = f"{most}" if least == most else f"{least} to {most}"
-    up = _up_to(least * min(traffic.ups), most * traffic.up)
-    down = _up_to(least * traffic.down, most * traffic.down)
+    up, down = _up_to(*plan.up), _up_to(*plan.down)
     yield (
         "traffic",
         f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",

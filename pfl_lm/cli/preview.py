@@ -35,6 +35,7 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
         raise _no_such_client(only, list(checked.clients))
 
     from pfl_lm.data.preview import preview_clients
+    from pfl_lm.data.splits import rows_to_train
     from pfl_lm.model.outline import find_source, load_tokenizer
 
     def say(text: str) -> None:
@@ -45,7 +46,8 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
     tokenizer = load_tokenizer(source, options.backbone)
     max_length = options.data.max_length
     names = list(checked.clients)[:MOST_CLIENTS] if only is None else [only]
-    shown = preview_clients(checked.clients, tokenizer, *options.data.length, shown=names)
+    lengths = options.own_lengths(rows_to_train(checked.clients))
+    shown = preview_clients(checked.clients, tokenizer, *options.data.length, names, lengths)
     colour = console.color_system is not None
     marks = "underlined" if colour else f"between {BEFORE} and {AFTER}"
     long = "" if options.data.on_long == "truncate" else f", data.on_long {options.data.on_long}"
@@ -57,7 +59,7 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
         )
     for each in shown:
         console.print()
-        for line in _about(each, max_length):
+        for line in _about(each, lengths.get(each.id, max_length)):
             say(line)
         console.print(_example(each.example, colour))
     if only is None and len(checked.clients) > len(shown):

@@ -41,9 +41,10 @@ def _report(checked: Checked) -> str:
     ]
     shown = [(label(client), rows) for client, rows in list(clients.items())[:MOST_CLIENTS]]
     width = max(len(name) for name, _ in shown)
-    for name, rows in shown:
+    for (name, rows), client in zip(shown, clients, strict=False):
         counts = f"{len(rows.train)} / {len(rows.validation)} / {len(rows.test)}"
-        lines.append(f"    {name:<{width}}  {counts}")
+        others = recipe.own_differences(client, len(rows.train))
+        lines.append(f"    {name:<{width}}  {counts}{f'  {others}' if others else ''}")
     if len(clients) > MOST_CLIENTS:
         lines.append(f"    and {len(clients) - MOST_CLIENTS} more")
     lines.append(f"  run folder  {checked.loaded.run_folder}")

@@ -51,12 +51,14 @@ class FederatedDataset:
         self,
         clients: Mapping[str, ClientData],
         tokenize: RowTokenizer,
+        own: Mapping[str, RowTokenizer] | None = None,
         *,
         plain_text: bool = False,
     ) -> None:
         self.plain_text = plain_text
         self._clients = clients
         self._tokenize = tokenize
+        self._own = own or {}
 
     @classmethod
     def build(
@@ -65,8 +67,11 @@ class FederatedDataset:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         on_long: OnLong = "truncate",
+        own_lengths: Mapping[str, int] | None = None,
     ) -> FederatedDataset:
         """Tokenize every client's train and validation rows, none longer than ``max_length``.
+
+        ``own_lengths`` are of clients for whom another length holds.
 
         Raises:
             ModelError: the tokenizer has no chat template (for texts: no end-of-text token), or is
@@ -79,10 +84,12 @@ class FederatedDataset:
         plain_text = bool(contents) and all(isinstance(content, Text) for content in contents)
         if not plain_text:
             check_tokenizer(tokenizer)
-        tokenize = RowTokenizer(tokenizer, max_length, on_long)
+        common = RowTokenizer(tokenizer, max_length, on_long)
+        own = {client: common.of_length(n) for client, n in (own_lengths or {}).items()}
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
+            tokenize = own.get(client_id, common)
             train, n_train = tokenize.examples(rows.train)
             validation, n_validation = tokenize.examples(rows.validation)
             if on_long == "error":
@@ -92,12 +99,16 @@ class FederatedDataset:
             clients[client_id] = ClientData(client_id, train, validation, rows.test, counts)
             for split, count in counts.items():
                 if not count.kept:
-                    problems.add(f"client {short(client_id)}: {count.none_left(split, max_length)}")
-        tokenize.refuse_long()
+                    said = count.none_left(split, tokenize.max_length)
+                    problems.add(f"client {short(client_id)}: {said}")
+        common.refuse_long()
         problems.raise_if_any(
             "data", hint="raise data.max_length, or shorten these clients' prompts"
         )
-        return cls(clients, tokenize, plain_text=plain_text)
+        return cls(clients, common, own, plain_text=plain_text)
+
+    def _tokenizer(self, client_id: str) -> RowTokenizer:
+        return self._own.get(client_id, self._tokenize)
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -131,11 +142,11 @@ class FederatedDataset:
         Raises:
             DataError: the chat template cannot write a row.
         """
-        return self._tokenize.examples(self[client_id].test_rows)[0]
+        return self._tokenizer(client_id).examples(self[client_id].test_rows)[0]
 
     def counts(self, client_id: str, split: Literal["train", "validation", "test"]) -> Counts:
         """Return what became of a client's rows; for ``test`` this tokenizes them."""
         client = self[client_id]
         if split == "test":
-            return self._tokenize.examples(client.test_rows)[1]
+            return self._tokenizer(client_id).examples(client.test_rows)[1]
         return client.counts[split]

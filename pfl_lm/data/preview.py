@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, groupby, pairwise
 from statistics import median
 from typing import TYPE_CHECKING
@@ -96,12 +97,14 @@ def preview_clients(
     max_length: int,
     on_long: OnLong = "truncate",
     shown: Collection[str] | None = None,
+    own_lengths: Mapping[str, int] | None = None,
 ) -> list[ClientPreview]:
     """Tokenize all rows and look at each client, or at those ``shown``, in the order of their ids.
 
     All rows are tokenized in any case: a row of one client may stand at another.
 
-    Where longer rows would be an error, they are shown as cut.
+    Where longer rows would be an error, they are shown as cut. ``own_lengths`` are of clients for
+    whom another length than ``max_length`` holds.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
@@ -122,15 +125,16 @@ def preview_clients(
         for row in {example.input_ids for example in splits["train"]}
     )
 
-    def kept(example: Example) -> Example | None:
-        left_out = on_long == "drop" and len(example.input_ids) > max_length
-        return None if left_out else example.cut(max_length)
+    def kept(example: Example, longest: int) -> Example | None:
+        left_out = on_long == "drop" and len(example.input_ids) > longest
+        return None if left_out else example.cut(longest)
 
     previews = []
     for client in examples if shown is None else sorted(shown):
         splits = examples[client]
         n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
-        previews.append(_client(client, splits, n_rows, owners, tokenizer, kept))
+        of_client = partial(kept, longest=(own_lengths or {}).get(client, max_length))
+        previews.append(_client(client, splits, n_rows, owners, tokenizer, of_client))
     return previews
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pfl_lm.data.groups import check_groups, digest, held_out_groups
@@ -34,6 +34,11 @@ class ClientRows:
             for row in getattr(self, split):
                 made.update(digest(split, *row.content.parts))
         return made.hexdigest()
+
+
+def rows_to_train(clients: Mapping[str, ClientRows]) -> dict[str, int]:
+    """Return how many train rows each client has, as they were read."""
+    return {client: len(rows.train) for client, rows in clients.items()}
 
 
 def split_clients(records: Sequence[Record], validation_fraction: float) -> dict[str, ClientRows]:

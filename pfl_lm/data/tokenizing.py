@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from pfl_lm.data.examples import Example
@@ -48,11 +48,13 @@ class RowTokenizer:
     """Makes examples of rows, of at most ``max_length`` tokens; longer ones go by ``on_long``.
 
     Equal token ids of all that it makes are one object, which takes about a quarter of the memory.
+    ``said`` is what the recipe says for all, where this is for a client of its own length.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     on_long: OnLong = "truncate"
+    said: int | None = None
     _known: dict[int, int] = field(default_factory=dict)
     _too_long: Problems = field(default_factory=Problems)
 
@@ -73,7 +75,10 @@ class RowTokenizer:
                 long += 1
                 continue
             if is_long and self.on_long == "error":
-                self._too_long.add(f"{_where(row)}: {len(whole.input_ids)} tokens")
+                most = (
+                    "" if self.said is None else f", the most of this client is {self.max_length}"
+                )
+                self._too_long.add(f"{_where(row)}: {len(whole.input_ids)} tokens{most}")
             example = whole.cut(self.max_length)
             if example.n_supervised:
                 ids = tuple(self._known.setdefault(token, token) for token in example.input_ids)
@@ -82,6 +87,12 @@ class RowTokenizer:
         dropped = len(rows) - len(kept) - long
         return tuple(kept), Counts(len(rows), len(kept), truncated, dropped, long)
 
+    def of_length(self, max_length: int | None) -> RowTokenizer:
+        """Return what makes examples of another length, and remembers together with this."""
+        if max_length is None:
+            return self
+        return replace(self, max_length=max_length, said=self.max_length)
+
     def refuse_long(self) -> None:
         """Name every row so far that is too long, if that is an error.
 
@@ -89,7 +100,8 @@ class RowTokenizer:
             DataError: there are some.
         """
         self._too_long.raise_if_any(
-            f"data.on_long is error, data.max_length {self.max_length}, and some rows are longer",
+            f"data.on_long is error, data.max_length {self.said or self.max_length}, and some rows "
+            "are longer",
             hint="raise data.max_length, or set data.on_long: truncate, or drop",
         )
 

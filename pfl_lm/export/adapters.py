@@ -80,7 +80,6 @@ def export_adapters(
     scores, traffic = _final_scores(ledger), ledger.traffic()
     spent = spent_by_client(ledger.summaries(), recipe.privacy, side.dataset.client_ids)
     results = []
-    shared = None
     for client, choice in ledger.choices().items():
         slug = side.store.slugs[client]
         candidates = side.candidates(
@@ -89,13 +88,19 @@ def export_adapters(
         if choice.candidate not in candidates:
             raise ExportError(f"{folder}: {client!r} was given {choice.candidate!r}, no model here")
         place = folder / "adapters" / slug
-        sha256 = export_adapter(side.adapter, candidates[choice.candidate], backbone, place)
+        sha256 = export_adapter(
+            side.adapter,
+            candidates[choice.candidate],
+            backbone,
+            place,
+            layout=side.layout_of(client),
+            options=side.own[client].adapter,
+        )
         result = ClientResult(client, slug, choice, scores[client], sha256, spent[client])
         card = client_card(run, _client_facts(result, side, traffic.get(client, (0, 0, 0))))
         write_atomically(place / CARD, card.encode())
         results.append(result)
-        shared = candidates.get("global")
-    if shared is not None:
+    if (shared := side.shared(server)) is not None:
         export_adapter(side.adapter, shared, backbone, folder / "global")
         write_atomically(
             folder / "global" / CARD, global_card(run, scores, largest(spent)).encode()
@@ -135,6 +140,7 @@ def _client_facts(
         bytes_down=bytes_down,
         bytes_up=bytes_up,
         spent=result.spent,
+        own=side.own[result.client],
     )
 
 
@@ -169,7 +175,7 @@ def _index(
             name=recipe.name,
             method=recipe.method.name,
             rounds=recipe.federation.rounds,
-            turn=recipe.training.length,
+            turn=_turn(side),
             prompts=_prompts(side),
         ),
         base=BaseEntry(
@@ -187,6 +193,15 @@ def _index(
             for result in results
         },
     )
+
+
+def _turn(side: ClientSide) -> str:
+    """Return how long one client's turn is; where they differ, the shortest and the longest."""
+    lengths = {each.training.length for each in side.own.values()}
+    if len(lengths) == 1:
+        return lengths.pop()
+    steps = [side.own[each.id].training.steps_for(each.n_train) for each in side.dataset]
+    return f"{min(steps)} to {max(steps)} steps"
 
 
 def _finite(scores: dict[str, dict[str, float]]) -> dict[Split, dict[str, float | None]]:

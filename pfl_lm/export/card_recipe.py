@@ -25,6 +25,8 @@ def shown_recipe(recipe: Recipe, clients: Set[str]) -> str:
     for name in _PRIVATE_SECTIONS:
         sections[name] = _without_text(getattr(recipe, name))
     sections["runtime"].pop("diagnostics")
+    for rule in sections["clients"]:  # a pattern tells of ids too
+        rule["match"] = {k: HIDDEN if k == "ids" else v for k, v in rule["match"].items()}
     shown = {key: _without_names(value, clients) for key, value in sections.items()}
     return write_yaml(shown)
 

@@ -14,6 +14,7 @@ from pfl_lm.export.card_recipe import shown_recipe
 from pfl_lm.export.card_text import BaseModel, count, fenced, number, safe, size, table
 from pfl_lm.export.index import BASE, RowCounts
 from pfl_lm.privacy.spent import NO_LEVER, ClientSpent
+from pfl_lm.recipe.clients import Own
 from pfl_lm.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ClientFacts:
         turns: rounds in which it trained.
         bytes_down: adapter tensors it was sent, over all its turns; ``bytes_up`` those it sent.
         spent: what its data has spent of privacy.
+        own: what it went by; None if that was the recipe's, as all others.
     """
 
     client: str
@@ -64,6 +66,7 @@ class ClientFacts:
     bytes_down: int
     bytes_up: int
     spent: ClientSpent = NO_LEVER
+    own: Own | None = None
 
 
 def base_name(base: BaseModel) -> str:
@@ -78,7 +81,11 @@ def n_clients(run: RunFacts) -> str:
 
 def lineage(run: RunFacts, facts: ClientFacts | None) -> str:
     """Return the table of how an adapter was made; without ``facts`` that of the shared one."""
-    recipe, training, adapter = run.recipe, run.recipe.training, run.recipe.adapter
+    recipe = run.recipe
+    training, adapter = recipe.training, recipe.largest_adapter
+    if facts is not None and facts.own is not None:
+        training, adapter = facts.own.training, facts.own.adapter
+    others = "; other for some clients" if facts is None and recipe.clients else ""
     rounds = f"{recipe.federation.rounds} rounds"
     if facts is not None:
         rounds += f"; this client trained in {facts.turns} of them"
@@ -90,7 +97,7 @@ def lineage(run: RunFacts, facts: ClientFacts | None) -> str:
         (
             "local training",
             f"{training.length} a round, {training.optimizer}, learning rate "
-            f"{training.learning_rate:g}, {training.rows_in_step} rows a step",
+            f"{training.learning_rate:g}, {training.rows_in_step} rows a step{others}",
         ),
         (
             "LoRA",

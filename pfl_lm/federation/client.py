@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pfl_lm.data.examples import Example
@@ -26,11 +27,12 @@ from pfl_lm.federation.history import StateFile
 from pfl_lm.federation.messages import Assignment, Score, Split, Update
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
-from pfl_lm.layout import Vector
-from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method
+from pfl_lm.layout import AdapterLayout, Vector
+from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method, ServerState
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.privacy.dpsgd import RecordLevel
 from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
+from pfl_lm.recipe.clients import Own
 from pfl_lm.train import LocalTrainer, TurnDiagnostics
 
 
@@ -40,7 +42,9 @@ class ClientSide:
 
     ``base`` is how the untouched backbone did on each client's rows, by client and split. It is the
     same in every run of one backbone, so several may share it. With ``diagnose`` a turn's summary
-    has numbers layer by layer.
+    has numbers layer by layer. ``own`` is what each client goes by, with the rates of
+    ``training``; the vectors of one whose adapter is smaller are of its own layout, in states,
+    uploads and candidates, and fit into the one resident adapter.
     """
 
     method: Method
@@ -55,6 +59,19 @@ class ClientSide:
     record_level: RecordLevelOptions | None = None
     diagnose: bool = False
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
+    own: Mapping[str, Own] = field(default_factory=dict)
+
+    def training_of(self, client: str) -> TrainingOptions:
+        """Return how a client trains."""
+        return self.own[client].training if client in self.own else self.training
+
+    def layout_of(self, client: str) -> AdapterLayout:
+        """Return the layout of a client's own vectors."""
+        return self.method.setup.layout_of(client)
+
+    def start_of(self, client: str) -> Vector:
+        """Return the untouched adapter that a client starts from."""
+        return self.adapter.layout.taken(self.start, self.layout_of(client))
 
     def carry_out(self, task: Assignment) -> Update:
         """Do one task and return what may leave the client."""
@@ -68,8 +85,8 @@ class ClientSide:
 
     def state(self, client: str, file: StateFile | None) -> ClientState:
         """Return the state a client's last turn was committed with, or the one it begins with."""
-        info = ClientInfo(client, self.dataset.n_train(client), self.adapter.layout)
-        first = self.method.init_client(info, self.start)
+        info = ClientInfo(client, self.dataset.n_train(client), self.layout_of(client))
+        first = self.method.init_client(info, self.start_of(client))
         if file is None:
             return first
         state = self.store.load_client(file)
@@ -79,7 +96,12 @@ class ClientSide:
     def candidates(self, client: str, sent: Broadcast, file: StateFile | None) -> dict[str, Vector]:
         """Return every model that could be this client's, the method's own first, base last."""
         found = dict(self.method.candidates(sent, self.state(client, file)))
-        return {**found, BASE: self.adapter.layout.without_effect(self.start)}
+        return {**found, BASE: self.layout_of(client).without_effect(self.start_of(client))}
+
+    def shared(self, server: ServerState) -> Vector | None:
+        """Return the shared adapter as the server has it, whole; None if the method has none."""
+        nobody = self.method.init_client(ClientInfo("", 0, self.adapter.layout), self.start)
+        return self.method.candidates(self.method.broadcast(server, ""), nobody).get("global")
 
     def local_run(
         self,
@@ -95,10 +117,11 @@ class ClientSide:
         if self.record_level is not None:
             assert noise_seed is not None
             private = RecordLevel(self.record_level, noise_seed)
+        training = self.training_of(client)
         return LocalTrainer(
             self.adapter,
             self.dataset.train(client),
-            in_smaller_batches(self.training) if halved else self.training,
+            in_smaller_batches(training) if halved else training,
             steps=steps,
             pad_token_id=self.pad_token_id,
             seed=seed,
@@ -106,6 +129,7 @@ class ClientSide:
             group_by_length=self.group_by_length,
             private=private,
             diagnostics=TurnDiagnostics(self.adapter.layout) if self.diagnose else None,
+            layout=self.layout_of(client),
         )
 
     def _train(self, task: Assignment) -> Update:
@@ -184,7 +208,7 @@ class ClientSide:
             return self.base[task.client, split]
         scored = score(
             self.adapter,
-            vector,
+            self.adapter.layout.filled(vector, self.layout_of(task.client)),
             examples,
             batch_size=self.training.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,
@@ -194,7 +218,8 @@ class ClientSide:
             raise DivergedError(
                 f"client {short(task.client)}: the loss of its {name} model is {scored.mean} "
                 f"after round {task.round}: training has diverged",
-                hint=f"lower training.learning_rate (now {self.training.learning_rate:g})",
+                hint="lower training.learning_rate (for this client now "
+                f"{self.training_of(task.client).learning_rate:g})",
             )
         if name == BASE:
             self.base[task.client, split] = scored

@@ -24,7 +24,7 @@ def first_rate(recipe: Recipe, side: ClientSide) -> float:
     assert isinstance(recipe.method, PFLAlignOptions)
     rates = []
     for client in side.dataset.client_ids[:PROBED_CLIENTS]:
-        steps = recipe.training.steps_for(side.dataset.n_train(client))
+        steps = side.training_of(client).steps_for(side.dataset.n_train(client))
         run = side.local_run(client, steps, derive_seed(recipe.seed, "turn", client, 1))
         method = recipe.method
         rates.append(suggested_rate(run, side.start, beta=method.beta, eps=method.eps))

@@ -172,7 +172,8 @@ class Orchestrator:
         return self.check_first_round and round == 1
 
     def _uploads(self, round: int) -> StoredUploads:
-        files = [turn.upload for turn in self.ledger.turns(round) if turn.upload is not None]
+        turns = self.ledger.turns(round)
+        files = [(turn.client, turn.upload) for turn in turns if turn.upload is not None]
         return StoredUploads(self.store, files)
 
     def _commit(self, round: int, server: ServerState) -> None:

@@ -94,12 +94,12 @@ class Store:
         scalars = {**upload.scalars, "weight": upload.weight}
         return self._write_behind(path, upload.vectors, scalars)
 
-    def load_upload(self, file: StateFile) -> Upload:
+    def load_upload(self, file: StateFile, client: str = "") -> Upload:
         """Read what a client sent, checked against its row."""
         vectors, scalars = self._read(file)
         if "weight" not in scalars:
             raise RunFolderError(f"{self.run_folder / file.path}: an upload without a weight")
-        return Upload(vectors, weight=scalars.pop("weight"), scalars=scalars)
+        return Upload(vectors, weight=scalars.pop("weight"), scalars=scalars, client=client)
 
     def discard(self, paths: Iterable[str]) -> None:
         """Remove files that a newer commit has replaced, and folders this leaves empty.
@@ -233,9 +233,12 @@ def _check_kinds(vectors: Mapping[str, Vector], scalars: object) -> None:
 
 
 class StoredUploads(Sequence[Upload]):
-    """A round's uploads, in the order given, each read from disk when it is asked for."""
+    """A round's uploads, in the order given, each read from disk when it is asked for.
 
-    def __init__(self, store: Store, files: Sequence[StateFile]) -> None:
+    ``files`` come with whose they are.
+    """
+
+    def __init__(self, store: Store, files: Sequence[tuple[str, StateFile]]) -> None:
         self.store = store
         self.files = files
 
@@ -250,4 +253,5 @@ class StoredUploads(Sequence[Upload]):
         """Read one upload, or take some of them without reading any."""
         if isinstance(index, slice):
             return StoredUploads(self.store, self.files[index])
-        return self.store.load_upload(self.files[index])
+        client, file = self.files[index]
+        return self.store.load_upload(file, client)

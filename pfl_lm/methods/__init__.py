@@ -17,6 +17,8 @@ from pfl_lm.methods.fedavgm import FedAvgM
 from pfl_lm.methods.fedprox import FedProx
 from pfl_lm.methods.fedsa_lora import FedSALora
 from pfl_lm.methods.ffa_lora import FFALora
+from pfl_lm.methods.flexlora import FlexLora
+from pfl_lm.methods.hetlora import HetLora
 from pfl_lm.methods.local import Local
 from pfl_lm.methods.pflalign import PFLAlign
 from pfl_lm.methods.rolora import RoLora
@@ -33,6 +35,8 @@ METHODS: dict[str, type[Method]] = {
     "ffa_lora": FFALora,
     "fedsa_lora": FedSALora,
     "rolora": RoLora,
+    "flexlora": FlexLora,
+    "hetlora": HetLora,
     "local": Local,
 }
 

@@ -35,6 +35,8 @@ class Setup:
     """What every method is told of the run: the server's layout, and the recipe beside the method.
 
     ``aggregation`` and ``client_level`` are for `combine`, which a method that averages calls.
+    ``layouts`` are of the clients whose adapters are smaller than the server's ``layout``, and
+    ``rates`` of those whose learning rate is not that of ``training``.
     """
 
     layout: AdapterLayout
@@ -43,11 +45,24 @@ class Setup:
     training: TrainingOptions
     aggregation: AggregationOptions = field(default_factory=AggregationOptions)
     client_level: ClientLevel | None = None
+    layouts: Mapping[str, AdapterLayout] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def layout_of(self, client: str) -> AdapterLayout:
+        """Return the layout of a client's own adapter."""
+        return self.layouts.get(client, self.layout)
+
+    def rate_of(self, client: str) -> float:
+        """Return η of a client."""
+        return self.rates.get(client, self.training.learning_rate)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientInfo:
-    """What a method is told of one client; ``n_examples`` are its training rows."""
+    """What a method is told of one client; ``n_examples`` are its training rows.
+
+    ``layout`` is of the client's own vectors.
+    """
 
     id: str
     n_examples: int
@@ -88,12 +103,14 @@ class Upload:
     """All that leaves a client: vectors, its weight in averages, and a few numbers.
 
     A vector ``X`` that goes on from the ``global_X`` of the broadcast is named so, and is checked
-    against it before it counts.
+    against it before it counts. ``client``, whose it is, is what the server knows of it and not
+    what a turn says: methods by which clients' adapters differ in shape go by it.
     """
 
     vectors: dict[str, Vector]
     weight: float
     scalars: dict[str, float] = field(default_factory=dict)
+    client: str = ""
 
 
 class LocalRun(Protocol):
@@ -103,12 +120,14 @@ class LocalRun(Protocol):
         steps: T, the planned optimizer steps of the turn.
         n_examples: the client's training rows.
         n_tokens: their supervised tokens.
+        learning_rate: η, the step size of this client.
         summary: plain numbers about the turn, for the ledger; a method may add to it.
     """
 
     steps: int
     n_examples: int
     n_tokens: int
+    learning_rate: float
     summary: dict[str, float]
 
     def train(

@@ -90,7 +90,7 @@ class PFLAlign(Method):
         )
 
         start = self._start(client, global_weights, offset)
-        weights = run.train(start, steps=run.steps, callbacks=self._callbacks(turn))
+        weights = run.train(start, steps=run.steps, callbacks=self._callbacks(turn, run))
         offset = offset_after_round(weights, global_weights)
 
         run.summary.update(turn.summary(), offset_norm=float(offset.norm()))
@@ -149,11 +149,11 @@ class PFLAlign(Method):
             return client.vectors["weights"]  # w_g + Δ, without its rounding
         return realigned_start(global_weights, offset)
 
-    def _callbacks(self, turn: AlignmentTurn) -> list[L.Callback]:
+    def _callbacks(self, turn: AlignmentTurn, run: LocalRun) -> list[L.Callback]:
         preconditioner = GradientPreconditioner(
             turn,
             self.setup.layout,
-            self.setup.training.learning_rate,
+            run.learning_rate,
             enabled=self.options.preconditioner,
             target=self.options.precondition_target,
             scale=self.options.update_scale,

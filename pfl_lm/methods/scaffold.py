@@ -12,10 +12,14 @@ x ``global_weights``, y ``weights``, c and c_i ``control`` (both 0 at first), η
 η_g ``server_learning_rate``, S the clients of the round, N all clients. Clients count alike. So c_i
 is the mean of the gradients that client i saw in its last turn, and c is the mean of all c_i.
 
+T and η are each client's own, since the recipe may give a client others: c_i is a mean of gradients
+all the same, and every corrected step goes along the mean of all clients' gradients, so that who
+steps more or further only gets there sooner.
+
 The paper sends c_i⁺ - c_i as well. By option II it is (x - y) / (T η) - c, so y and T tell it, and
-the server works it out. Only with plain SGD is (x - y) / (T η) a mean of gradients: AdamW is
-refused. So are robust rules: c has to stay the mean of all c_i, else each round is off by what is
-missing, for good. For the same reason
+the server, which knows η, works it out. Only with plain SGD is (x - y) / (T η) a mean of gradients:
+AdamW is refused. So are robust rules: c has to stay the mean of all c_i, else each round is off by
+what is missing, for good. For the same reason
 
 * a turn that goes uncounted (the first of a client that has joined) leaves c_i as it was,
 * when the number of clients has changed, c becomes that share of the same sum,
@@ -40,7 +44,6 @@ from pfl_lm.methods.base import (
     LocalRun,
     Method,
     ServerState,
-    Setup,
     Upload,
 )
 from pfl_lm.methods.combine import combine
@@ -53,9 +56,7 @@ if TYPE_CHECKING:
 class Scaffold(Method):
     """Average the clients' adapters, each trained with its drift taken out."""
 
-    def __init__(self, options: ScaffoldOptions, setup: Setup) -> None:
-        super().__init__(options, setup)
-        self.eta = float(setup.training.learning_rate)
+    options: ScaffoldOptions
 
     def init_server(self, start: Vector) -> ServerState:
         """Start with c at zero."""
@@ -79,7 +80,9 @@ class Scaffold(Method):
         weights = run.train(start, steps=run.steps, callbacks=[GradientShift(control - own)])
         kept = own.clone()
         if sent.counted:
-            kept = (own.double() + self._change(start, weights, control, run.steps)).float()
+            kept = (
+                own.double() + _change(start, weights, control, run.steps * run.learning_rate)
+            ).float()
         run.summary["control_norm"] = float(kept.norm())
         upload = Upload({"weights": weights}, weight=1.0, scalars={"steps": float(run.steps)})
         return upload, ClientState({"weights": weights, "control": kept})
@@ -94,7 +97,8 @@ class Scaffold(Method):
         total = server.scalars["n_clients"] * control.double()  # Σ c_i over all clients
         for upload in uploads:
             steps = max(1.0, upload.scalars["steps"])
-            total += self._change(start, upload.vectors["weights"], control, steps)
+            length = steps * self.setup.rate_of(upload.client)
+            total += _change(start, upload.vectors["weights"], control, length)
         n_clients = float(self.setup.n_clients)
         vectors = {"global_weights": after.float(), "control": (total / n_clients).float()}
         return ServerState(vectors, {"n_clients": n_clients})
@@ -103,6 +107,7 @@ class Scaffold(Method):
         """Return the global weights, and the client's after its last local training."""
         return {"global": sent.vectors["global_weights"], "local": client.vectors["weights"]}
 
-    def _change(self, start: Vector, end: Vector, control: Vector, steps: float) -> Vector:
-        """Return c_i⁺ - c_i = (x - y) / (T η) - c, in float64."""
-        return (start.double() - end.double()) / (steps * self.eta) - control.double()
+
+def _change(start: Vector, end: Vector, control: Vector, length: float) -> Vector:
+    """Return c_i⁺ - c_i = (x - y) / (T η) - c, in float64; ``length`` is T η."""
+    return (start.double() - end.double()) / length - control.double()

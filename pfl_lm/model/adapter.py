@@ -133,20 +133,25 @@ class Adapter:
         for (_, own), parameter in self._parameters.items():
             parameter.requires_grad_(factor in (None, own))
 
-    def tensors(self, vector: Vector) -> dict[str, Tensor]:
-        """Return a vector as PEFT saves it: one contiguous CPU tensor a key, no adapter name."""
+    def tensors(self, vector: Vector, own: AdapterLayout | None = None) -> dict[str, Tensor]:
+        """Return a vector as PEFT saves it: one contiguous CPU tensor a key, no adapter name.
+
+        ``own`` is its layout, if it is of a smaller adapter than this one.
+        """
         return {
             _saved_key(entry.module, entry.factor): view.detach().cpu().contiguous().clone()
-            for entry, view in self.layout.views(vector)
+            for entry, view in (own or self.layout).views(vector)
         }
 
-    def vector(self, tensors: Mapping[str, Tensor]) -> Vector:
+    def vector(self, tensors: Mapping[str, Tensor], own: AdapterLayout | None = None) -> Vector:
         """Return the vector of which `tensors` has made these.
 
         Raises:
-            ExportError: they are not of an adapter like this one: other keys, shapes or types.
+            ExportError: they are not of an adapter like this one, or of a smaller one as ``own``
+                has it: other keys, shapes or types.
         """
-        due = self.tensors(self.weights)
+        own = own or self.layout
+        due = self.tensors(self.weights.new_zeros(own.d), own)
         kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in due.items()}
         found = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         if found != kinds:
@@ -156,16 +161,25 @@ class Adapter:
             )
         return torch.cat([tensors[key].reshape(-1) for key in due]).to(self.weights.device)
 
-    def config_json(self, base_model: str, revision: str | None) -> dict[str, Any]:
-        """Return the content of ``adapter_config.json``, with sets as sorted lists."""
+    def config_json(
+        self, base_model: str, revision: str | None, own: AdapterOptions | None = None
+    ) -> dict[str, Any]:
+        """Return the content of ``adapter_config.json``, with sets as sorted lists.
+
+        ``own`` are the options of a smaller adapter than this one, if it is of such a one.
+        """
         config = self.config.to_dict()
+        if own is not None:
+            modules = sorted(own.target_modules)
+            config.update(r=own.r, lora_alpha=own.lora_alpha, target_modules=modules)
         config.update(base_model_name_or_path=base_model, revision=revision, inference_mode=True)
         return {key: _plain(value) for key, value in sorted(config.items())}
 
-    def reload(self, folder: Path) -> Vector:
+    def reload(self, folder: Path, own: AdapterLayout | None = None) -> Vector:
         """Read an exported folder back through PEFT, as a stranger would, and return its vector.
 
-        Leaves the reloaded numbers in the model, or the model as it was if the folder is refused.
+        ``own`` is the layout of what is in it, if that is smaller than this adapter. Leaves the
+        reloaded numbers in the model, or the model as it was if the folder is refused.
 
         Raises:
             ExportError: PEFT does not find exactly this adapter's tensors in it.
@@ -173,10 +187,14 @@ class Adapter:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         tensors = load_peft_weights(str(folder), device="cpu")
-        expected = {_saved_key(*place): each.shape for place, each in self._parameters.items()}
-        found = {key: tensor.shape for key, tensor in tensors.items()}
+        own = own or self.layout
+        expected = {_saved_key(each.module, each.factor): each.shape for each in own.entries}
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         wrong = {key for key, _ in found.items() ^ expected.items()}
         if not wrong:
+            if own != self.layout:
+                vector = self.layout.filled(self.vector(tensors, own), own)
+                tensors = self.tensors(vector)
             result = set_peft_model_state_dict(self._peft, tensors, adapter_name=_NAME)
             missing = [key for key in result.missing_keys if _place(key) is not None]
             wrong = {*result.unexpected_keys, *missing}
@@ -184,7 +202,7 @@ class Adapter:
             raise ExportError(
                 f"{folder}: PEFT does not read it back; keys or shapes differ: {sorted(wrong)[:6]}"
             )
-        return self.read()
+        return self.layout.taken(self.read(), own)
 
 
 def _inject(backbone: Backbone, options: AdapterOptions, seed: int) -> tuple[Any, Any]:

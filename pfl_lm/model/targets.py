@@ -24,7 +24,10 @@ _LONGEST_HEAD = 64 * 2**20
 
 
 def refuse_unknown_targets(
-    modules: Collection[str], n_layers: int | None, options: AdapterOptions
+    modules: Collection[str],
+    n_layers: int | None,
+    options: AdapterOptions,
+    key: str = "adapter.target_modules",
 ) -> None:
     """Check that what the adapter is to go into is there.
 
@@ -32,6 +35,7 @@ def refuse_unknown_targets(
         modules: the names of all modules that can be adapted.
         n_layers: how many layers there are, if that is known.
         options: the adapter.
+        key: what the recipe calls the modules.
 
     Raises:
         ModelError: a target module or a layer does not exist.
@@ -44,9 +48,8 @@ def refuse_unknown_targets(
     if unknown:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"lm_head"})
         raise ModelError(
-            f"adapter.target_modules: {first_few(unknown)} not in this backbone. "
-            f"It has: {', '.join(leaves)}",
-            hint=f"for example adapter.target_modules=[{', '.join(leaves[:2])}]",
+            f"{key}: {first_few(unknown)} not in this backbone. It has: {', '.join(leaves)}",
+            hint=f"for example {key}=[{', '.join(leaves[:2])}]",
         )
     if n_layers is None:
         return  # PEFT itself will say if no such layer is found
@@ -58,7 +61,9 @@ def refuse_unknown_targets(
         )
 
 
-def refuse_misfit(folder: Path, options: AdapterOptions) -> None:
+def refuse_misfit(
+    folder: Path, options: AdapterOptions, key: str = "adapter.target_modules"
+) -> None:
     """Check an adapter against a folder of weights, as far as names in files tell.
 
     Names in files may begin otherwise than in the model, so only their ends are compared; where a
@@ -72,7 +77,7 @@ def refuse_misfit(folder: Path, options: AdapterOptions) -> None:
         return
     ends = [target.rsplit(".", 1)[-1] for target in options.target_modules]
     options = options.model_copy(update={"target_modules": ends})
-    refuse_unknown_targets(matrices, _n_layers(folder), options)
+    refuse_unknown_targets(matrices, _n_layers(folder), options, key)
 
 
 def _matrices(path: Path) -> Iterator[str]:

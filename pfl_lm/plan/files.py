@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pfl_lm.federation.slugs import slugs
@@ -27,24 +27,28 @@ class Disk:
 
 def planned_disk(
     recipe: Recipe,
-    clients: Sequence[str],
     taking_part: Sequence[Sequence[str]],
-    traffic: Traffic,
-    adapter_bytes: int,
+    traffic: Mapping[str, Traffic],
+    adapters: Mapping[str, int],
+    largest: int,
 ) -> Disk:
     """List what a run of these clients leaves, of whom some take part in each round.
 
-    ``adapter_bytes`` are those of one adapter. While a round goes on, its clients' old and new
-    states, their uploads and two states of the server lie side by side.
+    ``traffic`` and ``adapters``, the bytes of its adapter, are each client's; ``largest`` are those
+    of the server's adapter. While a round goes on, its clients' old and new states, their uploads
+    and two states of the server lie side by side.
     """
+    clients = list(traffic)
+    first = traffic[clients[0]]
     last = {client: n for n, chosen in enumerate(taking_part, 1) for client in chosen}
-    shared = "global" in traffic.candidates
+    shared = "global" in first.candidates
     names = slugs(clients)
 
-    state = sum(traffic.state.values())
-    kept = len(last) * state + traffic.server
-    exported = (len(clients) + shared) * adapter_bytes
-    during = kept + traffic.server + max(map(len, taking_part)) * (state + traffic.up)
+    state = {client: sum(each.state.values()) for client, each in traffic.items()}
+    kept = sum(state[client] for client in last) + first.server
+    exported = sum(adapters[client] for client in clients) + shared * largest
+    in_round = max(sum(state[c] + traffic[c].up for c in chosen) for chosen in taking_part)
+    during = kept + first.server + in_round
     return Disk(
         files=(
             *("recipe.yaml", "recipe.resolved.yaml", "federation.sqlite"),

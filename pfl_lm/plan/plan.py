@@ -10,8 +10,9 @@ from accelerate import Accelerator
 
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import ClientData, FederatedDataset
-from pfl_lm.data.splits import ClientRows
+from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.federation.cohort import Cohorts
+from pfl_lm.federation.own import own_layouts, own_rates
 from pfl_lm.layout import AdapterLayout
 from pfl_lm.methods import METHODS, Setup
 from pfl_lm.model.adapter import Adapter
@@ -25,6 +26,7 @@ from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
 from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
 from pfl_lm.privacy.spent import ClientSpent, largest, noted, spent_by_client
 from pfl_lm.recipe import LoadedRecipe, Recipe
+from pfl_lm.recipe.clients import Own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class ClientPlan:
     """One client's rows by split, what became of them, and its optimizer steps in a round.
 
     ``cut`` and ``dropped`` are of train and validation rows, ``tokens`` the supervised ones of the
-    train rows.
+    train rows; ``own`` says in what rules make it differ from others.
     """
 
     id: str
@@ -43,6 +45,7 @@ class ClientPlan:
     cut: int
     dropped: int
     steps: int
+    own: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,12 @@ class Plan:
         device: where the backbone would be.
         dtype: the precision of its weights there.
         parameters: how many it has.
-        layout: of every adapter.
+        layout: of every adapter; of one with room for all, if some are ``smaller``.
         in_round: how many clients train in a round, at least and at most.
         steps: optimizer steps of all rounds and clients.
+        traffic: of a client with an adapter of this layout.
+        up: bytes sent in a round by all its clients, at least and at most.
+        down: bytes sent to them.
         spent: the most that any client's data will have spent of privacy.
         memory: None if this backbone's code asks for numbers, which a plan has not got.
         spilled: bytes that each process will want for rows that memory has no room to remember, in
@@ -66,10 +72,13 @@ class Plan:
     dtype: torch.dtype
     parameters: int
     layout: AdapterLayout
+    smaller: bool
     clients: tuple[ClientPlan, ...]
     in_round: tuple[int, int]
     steps: int
     traffic: Traffic
+    up: tuple[int, int]
+    down: tuple[int, int]
     spent: ClientSpent
     memory: Memory | None
     disk: Disk
@@ -95,15 +104,37 @@ def make_plan(
     backbone = outline.backbone
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     with torch.device("meta"):
-        adapter = Adapter(backbone, recipe.adapter, seed=0)
-    dataset = FederatedDataset.build(rows_by_client, backbone.tokenizer, *recipe.data.length)
+        adapter = Adapter(backbone, recipe.largest_adapter, seed=0)
+    n_rows = rows_to_train(rows_by_client)
+    dataset = FederatedDataset.build(
+        rows_by_client, backbone.tokenizer, *recipe.data.length, recipe.own_lengths(n_rows)
+    )
+    own = {client: recipe.own(client, n_rows[client]) for client in dataset.client_ids}
     process = process_bytes()  # before the rehearsal, which a run does not need
 
     layout = adapter.layout
-    setup = Setup(layout, len(dataset), recipe.seed, recipe.training, recipe.aggregation)
+    layouts = own_layouts(layout, recipe, own)
+    setup = Setup(
+        layout,
+        len(dataset),
+        recipe.seed,
+        recipe.training,
+        recipe.aggregation,
+        layouts=layouts,
+        rates=own_rates(recipe, own),
+    )
     method = METHODS[recipe.method.name](recipe.method, setup)
     traffic = count_traffic(method, layout, recipe.federation.rounds)
-    clients = tuple(_client(client, recipe, method.fits) for client in dataset)
+    some = {each: client for client, each in layouts.items()}  # one client of each layout
+    by_layout = {
+        each: count_traffic(method, each, recipe.federation.rounds, client)
+        for each, client in some.items()
+    }
+    of_client = {c: by_layout.get(setup.layout_of(c), traffic) for c in dataset.client_ids}
+    clients = tuple(
+        _client(client, recipe, own[client.id], method.fits, n_rows[client.id])
+        for client in dataset
+    )
     steps = {client.id: client.steps for client in clients}
     taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()
     sizes = [len(chosen) for chosen in taking_part]
@@ -125,15 +156,31 @@ def make_plan(
         dtype=dtype,
         parameters=parameters,
         layout=layout,
+        smaller=bool(layouts),
         clients=clients,
-        in_round=(min(sizes), max(sizes)),
+        in_round=_least_and_most(sizes),
         steps=sum(steps[client] for chosen in taking_part for client in chosen),
         traffic=traffic,
+        up=(
+            min(sum(min(of_client[c].ups) for c in chosen) for chosen in taking_part),
+            max(sum(of_client[c].up for c in chosen) for chosen in taking_part),
+        ),
+        down=_least_and_most([sum(of_client[c].down for c in chosen) for chosen in taking_part]),
         spent=_planned_spending(recipe, clients, taking_part),
         memory=memory,
-        disk=planned_disk(recipe, dataset.client_ids, taking_part, traffic, FLOAT * layout.d),
+        disk=planned_disk(
+            recipe,
+            taking_part,
+            of_client,
+            {client: FLOAT * setup.layout_of(client).d for client in of_client},
+            FLOAT * layout.d,
+        ),
         spilled=max(0, trunk - MOST_BYTES) if recipe.runtime.trunk_cache == "auto" else 0,
     )
+
+
+def _least_and_most(numbers: Sequence[int]) -> tuple[int, int]:
+    return min(numbers), max(numbers)
 
 
 def _trunk(adapter: Adapter, recipe: Recipe, dataset: FederatedDataset) -> int:
@@ -149,7 +196,7 @@ def _trunk(adapter: Adapter, recipe: Recipe, dataset: FederatedDataset) -> int:
     return bytes_of_states(adapter.model, adapter.layout.entries, sum(map(len, rows)))
 
 
-def _client(client: ClientData, recipe: Recipe, fits: int) -> ClientPlan:
+def _client(client: ClientData, recipe: Recipe, own: Own, fits: int, n_rows: int) -> ClientPlan:
     counts = client.counts.values()
     return ClientPlan(
         id=client.id,
@@ -159,7 +206,8 @@ def _client(client: ClientData, recipe: Recipe, fits: int) -> ClientPlan:
         tokens=sum(example.n_supervised for example in client.train),
         cut=sum(count.truncated for count in counts),
         dropped=sum(count.dropped for count in counts),
-        steps=fits * recipe.training.steps_for(client.n_train),
+        steps=fits * own.training.steps_for(client.n_train),
+        own=recipe.own_differences(client.id, n_rows),
     )
 
 

@@ -8,7 +8,7 @@ a vector, or keeps five, is counted as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class _NoTraining:
     steps: int = 1
     n_examples: int = 1
     n_tokens: int = 1
+    learning_rate: float = 1.0
     summary: dict[str, float] = field(default_factory=dict)
 
     def train(self, start: Vector, **how: Any) -> Vector:
@@ -63,17 +64,19 @@ class _NoTraining:
         return 0.0, torch.zeros_like(at)
 
 
-def count_traffic(method: Method, layout: AdapterLayout, rounds: int) -> Traffic:
-    """Take a turn without training in each of the first two rounds; measure what goes where."""
-    start = torch.zeros(layout.d)
-    server = method.init_server(start)
-    client = method.init_client(ClientInfo("", 1, layout), start)
+def count_traffic(method: Method, layout: AdapterLayout, rounds: int, id: str = "") -> Traffic:
+    """Take a turn without training in each of the first two rounds; measure what goes where.
+
+    ``layout`` is that of the server, or of the client ``id`` if its adapter is smaller.
+    """
+    server = method.init_server(torch.zeros(method.setup.layout.d))
+    client = method.init_client(ClientInfo(id, 1, layout), torch.zeros(layout.d))
     ups = []
     for round in range(1, min(rounds, 2) + 1):
-        sent = method.broadcast(server, "")
+        sent = method.broadcast(server, id)
         upload, client = method.turn(sent, client, _NoTraining())
         ups.append(size_in_bytes(upload.vectors.values()))
-        server = method.aggregate(server, [upload], round)
+        server = method.aggregate(server, [replace(upload, client=id)], round)
     return Traffic(
         state={name: size_in_bytes([vector]) for name, vector in sorted(client.vectors.items())},
         server=size_in_bytes(server.vectors.values()),

@@ -47,10 +47,14 @@ class RecordLevel:
         """
         return derive_seed(self.seed, "rows", fit)
 
-    def gradient(self, adapter: Adapter, fit: int, expected_rows: float) -> PrivateGradient:
+    def gradient(
+        self, adapter: Adapter, fit: int, expected_rows: float, trained: Tensor | None = None
+    ) -> PrivateGradient:
         """Return what one fit's gradients go through."""
         seed = derive_seed(self.seed, "noise", fit)
-        return PrivateGradient(adapter, self.options, seed=seed, expected_rows=expected_rows)
+        return PrivateGradient(
+            adapter, self.options, seed=seed, expected_rows=expected_rows, trained=trained
+        )
 
 
 class PrivateGradient:
@@ -61,17 +65,26 @@ class PrivateGradient:
         options: σ and C.
         seed: of the noise; a fit of its own must have one of its own.
         expected_rows: q n, the mean number of rows in a step.
+        trained: ``(d,)``, true on the numbers that the client's own adapter has, if it is smaller
+            than the resident one: no others get any noise, since no others are trained.
 
     Attributes:
         released: how many gradients have been given away.
     """
 
     def __init__(
-        self, adapter: Adapter, options: RecordLevelOptions, *, seed: int, expected_rows: float
+        self,
+        adapter: Adapter,
+        options: RecordLevelOptions,
+        *,
+        seed: int,
+        expected_rows: float,
+        trained: Tensor | None = None,
     ) -> None:
         self.adapter = adapter
         self.options = options
         self.expected_rows = expected_rows
+        self.trained = None if trained is None else trained.to(adapter.grads.device)
         self.released = 0
         self._sum = torch.zeros_like(adapter.grads)
         self._generator = torch.Generator().manual_seed(seed)
@@ -106,6 +119,8 @@ class PrivateGradient:
         ):
             if not parameter.requires_grad:
                 view.zero_()  # nobody trains it: no noise is due
+        if self.trained is not None:
+            self._sum.masked_fill_(~self.trained, 0.0)
         self.adapter.grads.copy_(self._sum)
         self._sum.zero_()
         self.released += 1

@@ -15,6 +15,7 @@ from pfl_lm.recipe.methods import (
     MethodOptions,
     PFLAlignOptions,
 )
+from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.personal import (
     DittoOptions,
     FedSALoraOptions,
@@ -46,6 +47,8 @@ __all__ = [
     "FedProxOptions",
     "FedSALoraOptions",
     "FederationOptions",
+    "FlexLoraOptions",
+    "HetLoraOptions",
     "LoadedRecipe",
     "LocalOptions",
     "MethodOptions",

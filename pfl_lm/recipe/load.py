@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pfl_lm.errors import RecipeError, listed
+from pfl_lm.recipe.clients import ClientRule, ClientRules
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
@@ -62,6 +64,7 @@ class Parts:
     runtime: RuntimeOptions | None
     federation: FederationOptions | None
     privacy: PrivacyOptions | None
+    clients: list[ClientRule] | None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -114,12 +117,15 @@ def valid_parts(draft: Draft) -> Parts:
     runtime = _part(RuntimeOptions, "runtime", place_runtime, draft)
     federation = _part(FederationOptions, "federation", place_federation, draft)
     privacy = _part(PrivacyOptions, "privacy", lambda options, draft: options, draft)
+    clients: list[ClientRule] | None = None
+    with suppress(ValidationError):
+        clients = TypeAdapter(ClientRules).validate_python(draft.data.get("clients", []))
     try:
         name = TypeAdapter(RunName).validate_python(draft.data.get("name"), strict=True)
     except ValidationError:
-        return Parts(backbone, adapter, data, None, runtime, federation, privacy)
+        return Parts(backbone, adapter, data, None, runtime, federation, privacy, clients)
     folder = Path(runtime.output_dir) / name if runtime else None
-    return Parts(backbone, adapter, data, folder, runtime, federation, privacy)
+    return Parts(backbone, adapter, data, folder, runtime, federation, privacy, clients)
 
 
 def _part(

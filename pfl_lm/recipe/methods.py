@@ -15,6 +15,7 @@ from pfl_lm.recipe.averaging import (
     ScaffoldOptions,
     Weighting,
 )
+from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.personal import (
     DittoOptions,
@@ -186,6 +187,8 @@ MethodOptions = Annotated[
     | FFALoraOptions
     | FedSALoraOptions
     | RoLoraOptions
+    | FlexLoraOptions
+    | HetLoraOptions
     | LocalOptions,
     Field(discriminator="name"),
 ]
@@ -201,5 +204,10 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "ffa_lora": FFALoraOptions,
     "fedsa_lora": FedSALoraOptions,
     "rolora": RoLoraOptions,
+    "flexlora": FlexLoraOptions,
+    "hetlora": HetLoraOptions,
     "local": LocalOptions,
 }
+
+MIXES_RANKS = ("local", "flexlora", "hetlora")
+"""Methods whose clients' adapters may differ in rank and modules."""

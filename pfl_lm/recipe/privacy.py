@@ -12,6 +12,7 @@ from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions
+from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.sections import RuntimeOptions, TrainingOptions
 
@@ -160,6 +161,12 @@ def uncovered(
     if isinstance(method, ScaffoldOptions):
         return broken(
             "scaffold's server makes a control variate of the uploads too, for which no noise is "
+            "accounted for; leave it out, or choose another method",
+            *("privacy", "client_level"),
+        )
+    if isinstance(method, FlexLoraOptions | HetLoraOptions):
+        return broken(
+            f"{method.name} does not average changes w − w_g, for whose length alone noise is "
             "accounted for; leave it out, or choose another method",
             *("privacy", "client_level"),
         )

@@ -54,9 +54,12 @@ def _page() -> Iterator[str]:
     for section in Recipe.model_fields:
         if section == "method":
             yield from _methods()
-        elif options := section_class(section):
+        elif section_class(section) or subsections(section):
             yield f"## {section}\n"
-            yield from _section(options, section)
+            if options := section_class(section):
+                yield from _section(options, section)
+            else:
+                yield f"{Recipe.model_fields[section].description}\n"
             for name, inner in subsections(section).items():
                 yield f"### {name}\n"
                 yield from _section(inner, name)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
+from pfl_lm.recipe.clients import ClientRules, Own, largest_adapter, misfit, own_of
 from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.data import DataOptions
-from pfl_lm.recipe.methods import LocalOptions, MethodOptions, PFLAlignOptions
+from pfl_lm.recipe.methods import (
+    MIXES_RANKS,
+    LocalOptions,
+    MethodOptions,
+    PFLAlignOptions,
+)
+from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
@@ -67,6 +75,11 @@ class Recipe(Options):
     training: TrainingOptions = Field(
         description="What a client does within one round.",
         examples=[{"learning_rate": 0.002, "max_steps": 4}],
+    )
+    clients: ClientRules = Field(
+        default=[],
+        description="What is otherwise for some clients: rules, each for those that it matches.",
+        examples=["[{match: {ids: [alice]}, max_steps: 8}]"],
     )
     method: MethodOptions = Field(
         description="How the clients' adapters are personalized and averaged.",
@@ -155,6 +168,30 @@ class Recipe(Options):
                 "aggregation",
                 "rule",
             )
+        if (
+            isinstance(self.method, FlexLoraOptions | HetLoraOptions)
+            and self.aggregation.rule != "mean"
+        ):
+            raise broken(
+                f"{self.method.name} averages in its own way, what clients of unlike ranks have "
+                f"sent, so `{self.aggregation.rule}` cannot be used; leave `aggregation` out, or "
+                "choose another method",
+                "aggregation",
+                "rule",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        wrong = misfit(
+            self.clients,
+            self.training,
+            self.method.name,
+            MIXES_RANKS,
+            diagnostics=self.runtime.diagnostics,
+        )
+        if wrong is not None:
+            raise wrong
         return self
 
     @model_validator(mode="after")
@@ -165,6 +202,31 @@ class Recipe(Options):
         if wrong is not None:
             raise wrong
         return self
+
+    def own(self, client: str, n_rows: int) -> Own:
+        """Return what a client with so many train rows goes by: ``clients``' rules filled in."""
+        length = self.data.max_length
+        return own_of(self.clients, self.training, self.adapter, length, client, n_rows)
+
+    def own_differences(self, client: str, n_rows: int) -> str:
+        """Return in what a client differs from one whom no rule is for, in words."""
+        nobody = own_of((), self.training, self.adapter, self.data.max_length, client, n_rows)
+        return self.own(client, n_rows).differences(nobody)
+
+    def own_lengths(self, n_rows: Mapping[str, int]) -> dict[str, int]:
+        """Return the longest example of the clients, with their train rows, who have their own."""
+        lengths = {client: self.own(client, n).max_length for client, n in n_rows.items()}
+        return {client: n for client, n in lengths.items() if n != self.data.max_length}
+
+    @property
+    def mixes_ranks(self) -> bool:
+        """Whether some clients' adapters may be smaller than others'."""
+        return any(rule.r is not None or rule.target_modules is not None for rule in self.clients)
+
+    @property
+    def largest_adapter(self) -> AdapterOptions:
+        """The adapter that has room for every client's."""
+        return largest_adapter(self.clients, self.adapter)
 
     def run_options(self) -> dict[str, Any]:
         """Return every key that a run of this recipe goes by, with its value: all but `compare`."""

@@ -53,7 +53,8 @@ def _unique(items: list[int] | None) -> list[int] | None:
     return items
 
 
-def _module_names(names: list[str]) -> list[str]:
+def module_names(names: list[str]) -> list[str]:
+    """Return modules that an adapter may be put beside; each once, and none of the vocabulary."""
     if not names:
         raise broken("must name at least one module, for example `[q_proj, v_proj]`")
     before: set[str] = set()
@@ -149,7 +150,7 @@ class AdapterOptions(Options):
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
     )
-    target_modules: Annotated[list[ModuleName], AfterValidator(_module_names)] = Field(
+    target_modules: Annotated[list[ModuleName], AfterValidator(module_names)] = Field(
         default=["q_proj", "v_proj"], description="Names of the linear layers that are adapted."
     )
     layers_to_transform: (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import get_args
+from typing import get_args, get_origin
 
+from pfl_lm.recipe.clients import ClientMatch, ClientRule
 from pfl_lm.recipe.compared import ComparedMethod, ComparedTraining
 from pfl_lm.recipe.methods import METHOD_OPTIONS
 from pfl_lm.recipe.nearest import nearest
@@ -25,6 +26,7 @@ _SYNONYMS = {
     "backbone.model_name_or_path": ("model", "model_name", "base_model", "model_id", "checkpoint"),
     "backbone.gguf_file": ("gguf",),
     "backbone.dtype": ("torch_dtype", "precision"),
+    "clients": ("client_overrides", "overrides", "per_client"),
     "data": ("datasets",),
     "data.path": ("dataset", "file", "data_path", "data_files", "train_file"),
     "data.format": ("data_format", "dataset_format", "dataset_type"),
@@ -69,9 +71,11 @@ _SYNONYMS = {
 _MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}
 
 
-COMPARED: dict[str, type[Options]] = {
+IN_LISTS: dict[str, type[Options]] = {
     "compare.methods[]": ComparedMethod,
     "compare.methods[].training": ComparedTraining,
+    "clients[]": ClientRule,
+    "clients[].match": ClientMatch,
 }
 """Sections within the items of a list, which ``[]`` stands for."""
 
@@ -80,14 +84,16 @@ def section_class(section: str, method: str | None = None) -> type[Options] | No
     """Return the options class of a section, dotted if within another; ``""`` is the recipe."""
     if section == "":
         return Recipe
-    if section in COMPARED:
-        return COMPARED[section]
+    if section in IN_LISTS:
+        return IN_LISTS[section]
     if section == "method":
         return METHOD_OPTIONS.get(method or "")
     above, _, name = section.rpartition(".")
     options = section_class(above, method)
     field = options.model_fields.get(name) if options else None
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    if field is None or get_origin(field.annotation) is list:
+        return None
+    kinds = (field.annotation, *get_args(field.annotation))
     classes = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options))
     return next(classes, None)
 
@@ -96,7 +102,7 @@ def subsections(section: str) -> dict[str, type[Options]]:
     """Return the sections within a section, by their dotted names."""
     options = section_class(section)
     inner = [f"{section}.{key}" for key in (options.model_fields if options else ())]
-    inner += [name for name in COMPARED if name.startswith(f"{section}.")]
+    inner += [name for name in IN_LISTS if name.startswith((f"{section}.", f"{section}[]"))]
     return {name: found for name in inner if (found := section_class(name)) is not None}
 
 

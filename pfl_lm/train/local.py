@@ -25,6 +25,7 @@ from pfl_lm.train.module import Moments, PersonalizedLM
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
+    from pfl_lm.layout import AdapterLayout
     from pfl_lm.model.adapter import Adapter
     from pfl_lm.privacy.dpsgd import PrivateGradient, RecordLevel
     from pfl_lm.recipe import TrainingOptions
@@ -49,10 +50,13 @@ class LocalTrainer:
         group_by_length: whether rows of like length come together in training.
         private: the record-level lever, if it is set: every fit then trains by DP-SGD.
         diagnostics: looks on at every fit, if there is one; it changes none.
+        layout: of the client's own adapter, if it is smaller than the resident one: vectors that
+            come and go are of it.
 
     Attributes:
         n_examples: the client's training rows.
         n_tokens: their supervised tokens.
+        learning_rate: η of this client.
         summary: plain numbers about the turn, for the ledger; a method may add its own. Steps are
             those of all fits so far, losses those of the last.
         onlookers: what every fit of the turn tells after a method's own callbacks; they change
@@ -72,6 +76,7 @@ class LocalTrainer:
         group_by_length: bool = False,
         private: RecordLevel | None = None,
         diagnostics: TurnDiagnostics | None = None,
+        layout: AdapterLayout | None = None,
     ) -> None:
         self.adapter = adapter
         self.examples = examples
@@ -82,7 +87,9 @@ class LocalTrainer:
         self.group_by_length = group_by_length
         self.private = private
         self.diagnostics = diagnostics
+        self.layout = layout or adapter.layout
         self.n_examples = len(examples)
+        self.learning_rate = training.learning_rate
         self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
         self.onlookers: list[L.Callback] = [] if on_step is None else [_Ticker(on_step)]
@@ -99,15 +106,17 @@ class LocalTrainer:
     ) -> Vector:
         """Run one fit of ``steps`` optimizer steps from ``start``; return where it ends, ``(d,)``.
 
-        ``moments``, if given, go on and are updated in place. Overwrites the resident adapter.
+        ``moments``, if given, go on and are updated in place. Overwrites the resident adapter, and
+        it is that which callbacks see, be the client's own smaller.
         """
-        self.adapter.write(start)
+        self._put(start)
         self.adapter.train_only(trainable)
         self.adapter.model.train()
         private, batches, accumulation = self._gradients(steps)
         if self.diagnostics is not None:
             callbacks = self.diagnostics.around(start, callbacks)
-        module = PersonalizedLM(self.adapter, self.training, moments, private)
+        running = None if moments is None else self._filled(moments)
+        module = PersonalizedLM(self.adapter, self.training, running, private)
         device = self.adapter.weights.device
         with (
             _quiet(),
@@ -117,11 +126,12 @@ class LocalTrainer:
             torch.manual_seed(self.seed)
             trainer = _trainer(device, accumulation, steps, [*callbacks, *self.onlookers])
             trainer.fit(module, batches)
-        if moments is not None:
+        if moments is not None and running is not None:
+            self._take(running, moments)
             moments.step += trainer.global_step
         self.adapter.model.eval()
         self._note(module, trainer)
-        end = self.adapter.read()
+        end = self.adapter.layout.taken(self.adapter.read(), self.layout)
         if self.diagnostics is not None:
             self.diagnostics.ended(end)
         return end
@@ -135,12 +145,13 @@ class LocalTrainer:
             RecipeError: the record-level lever is set, which covers nothing but fits.
         """
         self._refuse_bare_numbers()
-        self.adapter.write(at)
+        self._put(at)
         self.adapter.train_only(None)
         self.adapter.zero_grad()
         loss = nll_sum(self.adapter.forward, batch) / batch["window_tokens"]
         loss.backward()
-        return float(loss.detach()), self.adapter.grads.clone()
+        grads = self.adapter.layout.taken(self.adapter.grads, self.layout)
+        return float(loss.detach()), grads.clone()
 
     def windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
         """Yield the micro-batches of each optimizer step of a fit, placed on the device."""
@@ -160,12 +171,31 @@ class LocalTrainer:
             RecipeError: the record-level lever is set, which covers nothing but fits.
         """
         self._refuse_bare_numbers()
-        self.adapter.write(at)
+        self._put(at)
         losses = [
             float(sum(nll_sum(self.adapter.forward, batch) / batch["window_tokens"] for batch in w))
             for w in self.windows(steps)
         ]
         return math.fsum(losses) / len(losses)
+
+    def _put(self, vector: Vector) -> None:
+        self.adapter.write(self.adapter.layout.filled(vector, self.layout))
+
+    def _filled(self, moments: Moments) -> Moments:
+        """Return moments of the resident adapter: these, and zeros where the own one has none."""
+        if self.layout == self.adapter.layout:
+            return moments
+        whole = self.adapter.layout
+        first, second = (
+            whole.filled(each, self.layout) for each in (moments.first, moments.second)
+        )
+        return Moments(first, second, moments.step)
+
+    def _take(self, running: Moments, moments: Moments) -> None:
+        if running is not moments:
+            whole = self.adapter.layout
+            moments.first.copy_(whole.taken(running.first, self.layout))
+            moments.second.copy_(whole.taken(running.second, self.layout))
 
     def _gradients(self, steps: int) -> tuple[PrivateGradient | None, Any, int]:
         """Return what a fit's gradients go through, its batches, and how many make a step."""
@@ -181,7 +211,9 @@ class LocalTrainer:
             pad_token_id=self.pad_token_id,
             seed=self.private.sampling_seed(fit),
         )
-        return self.private.gradient(self.adapter, fit, expected), batches, 1
+        whole = self.adapter.layout
+        trained = None if self.layout == whole else whole.where(self.layout)
+        return self.private.gradient(self.adapter, fit, expected, trained), batches, 1
 
     def _refuse_bare_numbers(self) -> None:
         if self.private is not None:

@@ -1,0 +1,73 @@
+"""HetLoRA: adapters of several ranks, filled up with zeros to be averaged, cut to be sent.
+
+Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+arXiv 2401.06432.
+
+    client:  A_k ← A_g[:r_k], B_k ← B_g[:, :r_k], then T steps on F_k by both
+    server:  A_g ← Σ_k p_k A_k and B_g ← Σ_k p_k B_k, each A_k and B_k filled up with zeros to the
+             largest rank
+             p_k = S_k / Σ S_k,  S_k = ‖B_k A_k‖                      methods/mixed.py
+
+S_k is the Frobenius norm over all of a client's modules: adapters that do little weigh little, and
+so do the zeros they are filled up with (``weighting: sparsity``). With another weighting, and one
+rank for all, it is FedAvg, bit for bit.
+
+Where the paper is silent: of rows and columns that no client of a round has, and of modules that
+none adapts, the server keeps what it had, since zeros in both factors have no gradient and would
+stay zeros for good. A module is averaged over the clients that adapt it. If no adapter has any
+effect, all weigh alike. The paper's pruning of ranks while training is not here: a client's rank is
+what the recipe says.
+
+State: A_k, B_k after its last turn, ``weights``, only to be scored. Upload: the same. All are of
+the client's own rank and modules. Candidates: ``global`` (A_g, B_g, cut to r_k), ``local`` (right
+after this client's own T steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pfl_lm.layout import Vector
+from pfl_lm.methods.aggregate import upload_weight
+from pfl_lm.methods.base import Broadcast, ClientState, LocalRun, Method, ServerState, Upload
+from pfl_lm.methods.mixed import effect, mean_of_known, own_vectors
+
+if TYPE_CHECKING:
+    from pfl_lm.recipe import HetLoraOptions
+
+
+class HetLora(Method):
+    """Average adapters of several ranks, the larger where the smaller have zeros."""
+
+    options: HetLoraOptions
+
+    def broadcast(self, server: ServerState, client_id: str) -> Broadcast:
+        """Send as much of the shared adapter as this client has room for."""
+        own = self.setup.layout_of(client_id)
+        cut = self.setup.layout.taken(server.vectors["global_weights"], own)
+        return Broadcast({"global_weights": cut})
+
+    def turn(
+        self, sent: Broadcast, client: ClientState, run: LocalRun
+    ) -> tuple[Upload, ClientState]:
+        """Train from the cut global weights and upload where that leads."""
+        weights = run.train(sent.vectors["global_weights"], steps=run.steps)
+        how = self.options.weighting
+        weight = 1.0 if how == "sparsity" else upload_weight(how, run)
+        return Upload({"weights": weights}, weight=weight), ClientState({"weights": weights})
+
+    def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
+        """Average what was uploaded, by the effect of each adapter or as the recipe says."""
+        if self.options.weighting == "sparsity":
+            weights = [effect(own, vector) for own, vector in own_vectors(self.setup, uploads)]
+        else:
+            weights = [upload.weight for upload in uploads]
+        if not any(weights):
+            weights = [1.0] * len(weights)
+        before = server.vectors["global_weights"]
+        return ServerState({"global_weights": mean_of_known(self.setup, before, uploads, weights)})
+
+    def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:
+        """Return the cut global weights, and the client's after its last local training."""
+        return {"global": sent.vectors["global_weights"], "local": client.vectors["weights"]}
