@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pfl_lm.errors import ExportError
 from pfl_lm.export.folders import export_adapter
+from pfl_lm.layout import AdapterLayout
 from tests.tiny import tiny_model
 from tests.world import World, make_world
 
@@ -151,8 +152,8 @@ def test_an_export_that_loses_a_bit_is_refused(
 ) -> None:
     tensors = world.adapter.tensors
 
-    def rounded(vector: Tensor) -> dict[str, Tensor]:
-        return {key: tensor.bfloat16().float() for key, tensor in tensors(vector).items()}
+    def rounded(vector: Tensor, own: AdapterLayout | None = None) -> dict[str, Tensor]:
+        return {key: tensor.bfloat16().float() for key, tensor in tensors(vector, own).items()}
 
     monkeypatch.setattr(world.adapter, "tensors", rounded)
     with pytest.raises(ExportError, match="reads back with other numbers than were written"):

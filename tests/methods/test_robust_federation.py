@@ -42,6 +42,7 @@ class Quadratic:
     steps: int = 1
     n_examples: int = 1
     n_tokens: int = 1
+    learning_rate: float = 1.0
     summary: dict[str, float] = field(default_factory=dict)
 
     def train(self, start: Tensor, **how: Any) -> Tensor:

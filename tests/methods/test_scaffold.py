@@ -32,13 +32,14 @@ class Quadratic:
     steps: int
     n_examples: int = 1
     n_tokens: int = 1
+    learning_rate: float = RATE
     summary: dict[str, float] = field(default_factory=dict)
 
     def train(self, start: Tensor, *, callbacks: Sequence[Any] = (), **how: Any) -> Tensor:
         shift = sum((c.shift for c in callbacks), torch.zeros(2))
         w = start.clone()
         for _ in range(self.steps):
-            w -= RATE * (self.curvature * (w - self.goal) + shift)
+            w -= self.learning_rate * (self.curvature * (w - self.goal) + shift)
         return w
 
     def loss_and_grad(self, at: Tensor, batch: Mapping[str, Any]) -> tuple[float, Tensor]:

@@ -57,6 +57,7 @@ class Quadratic:
     round: int
     steps: int = STEPS
     n_tokens: int = 1
+    learning_rate: float = 1.0
     summary: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -20,13 +20,21 @@ from transformers import AutoModelForCausalLM
 class PlainClient:
     """A model of its own for one client; its LoRA numbers are ``w``, flat, in PEFT's order."""
 
-    def __init__(self, model_dir: Path, start: Tensor, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        start: Tensor,
+        *,
+        dropout: float = 0.0,
+        r: int = 8,
+        modules: tuple[str, ...] = ("q_proj", "v_proj"),
+    ) -> None:
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         config = LoraConfig(
-            r=8,
-            lora_alpha=16,
+            r=r,
+            lora_alpha=2 * r,
             lora_dropout=dropout,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=list(modules),
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(base, config)
