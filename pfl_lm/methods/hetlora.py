@@ -29,9 +29,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import upload_weight
+from pfl_lm.methods.aggregate import checked, upload_weight
 from pfl_lm.methods.base import Broadcast, ClientState, LocalRun, Method, ServerState, Upload
-from pfl_lm.methods.mixed import effect, mean_of_known, own_vectors
+from pfl_lm.methods.mixed import Filled, effect, mean_of_known
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import HetLoraOptions
@@ -59,13 +59,12 @@ class HetLora(Method):
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
         """Average what was uploaded, by the effect of each adapter or as the recipe says."""
-        if self.options.weighting == "sparsity":
-            weights = [effect(own, vector) for own, vector in own_vectors(self.setup, uploads)]
-        else:
-            weights = [upload.weight for upload in uploads]
-        if not any(weights):
-            weights = [1.0] * len(weights)
         before = server.vectors["global_weights"]
+        weights = [upload.weight for upload in uploads]
+        if self.options.weighting == "sparsity":
+            alike = Filled(self.setup, uploads, [1.0] * len(uploads))
+            weights = [effect(self.setup.layout, vector) for vector, _ in checked(alike, before)]
+            weights = weights if any(weights) else [1.0] * len(uploads)
         return ServerState({"global_weights": mean_of_known(self.setup, before, uploads, weights)})
 
     def candidates(self, sent: Broadcast, client: ClientState) -> Mapping[str, Vector]:

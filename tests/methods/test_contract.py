@@ -209,7 +209,9 @@ def test_an_upload_answers_what_was_sent(world: World, name: str) -> None:
         for part, vector in upload.vectors.items():
             assert vector.shape == sent.vectors[f"{SHARED}{part}"].shape
     weights = [upload.weight for upload in uploads]
-    assert weights == {"local": [0, 0, 0], "scaffold": [1, 1, 1]}.get(name, [7, 5, 4])
+    assert weights == {"local": [0, 0, 0], "scaffold": [1, 1, 1], "hetlora": [1, 1, 1]}.get(
+        name, [7, 5, 4]
+    )
 
 
 class Counting(LocalTrainer):

@@ -11,7 +11,10 @@ from pfl_lm.recipe.methods import METHOD_OPTIONS
 from tests.recipe.minimal import HEAD, load
 
 NAMES = ", ".join(METHOD_OPTIONS)
-AVERAGING = "pflalign, fedavg, fedprox, fedavgm, fedadam, ditto, ffa_lora, fedsa_lora, rolora, flexlora and hetlora"
+AVERAGING = (
+    "pflalign, fedavg, fedprox, fedavgm, fedadam, ditto, ffa_lora, fedsa_lora, rolora, flexlora "
+    "and hetlora"
+)
 METHODS = [
     (
         "{}",
