@@ -167,7 +167,7 @@ def test_what_is_wrong_is_said_with_code_2_before_anything_runs(tmp_path: Path) 
         f"{recipe}: 3 problems",
         "  --methods fedavgg: compare.methods[0]: there is no method 'fedavgg'. Did you mean "
         "`fedavg`? There are pflalign, fedavg, fedprox, fedavgm, fedadam, scaffold, ditto, "
-        "ffa_lora, fedsa_lora, rolora, local, recipe, in 'fedavgg'",
+        "ffa_lora, fedsa_lora, rolora, flexlora, hetlora, local, recipe, in 'fedavgg'",
         "  --seeds a,0: compare.seeds[0]: expected a whole number, got 'a'",
         "  --rates 0: compare.rates[0]: must be a number greater than 0.0, got 0",
     ]

@@ -31,6 +31,10 @@ RUNS = ("-m", "tests.federation.rank_runs")
 RECIPES: dict[str, dict[str, Any]] = {
     "fixed": {},
     "auto": {"training.learning_rate": "auto"},
+    "mixed": {
+        "method.name": "flexlora",
+        "clients": [{"match": {"ids": ["bob"]}, "r": 2, "max_steps": 3, "learning_rate": 0.2}],
+    },
     "private": {
         "privacy.record_level": {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-3},
         "privacy.client_level": {"noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-3},

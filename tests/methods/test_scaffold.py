@@ -46,8 +46,13 @@ class Quadratic:
         raise NotImplementedError
 
 
-def method_of(name: str = "scaffold", n_clients: int = 3, **own: Any) -> Method:
-    setup = Setup(LAYOUT, n_clients, 0, options(learning_rate=RATE))
+def method_of(
+    name: str = "scaffold",
+    n_clients: int = 3,
+    rates: Mapping[str, float] | None = None,
+    **own: Any,
+) -> Method:
+    setup = Setup(LAYOUT, n_clients, 0, options(learning_rate=RATE), rates=rates or {})
     return METHODS[name](METHOD_OPTIONS[name].model_validate({"name": name, **own}), setup)
 
 
@@ -92,6 +97,29 @@ def test_it_ends_where_the_sum_of_the_losses_is_least(steps: dict[str, int], siz
         assert kept == pytest.approx(h * (BEST - a), abs=1e-3)
     fedavg, _ = federate(method_of("fedavg", weighting="uniform"), 600, steps)
     assert abs(where(fedavg) - BEST) > 0.1
+
+
+def test_rates_of_their_own_lead_to_the_same_point() -> None:
+    """The server divides by T η of each client, and clients by their own."""
+    rates = {"a": RATE / 4, "c": RATE / 2}
+    method = method_of(rates=rates)
+    server = method.init_server(torch.zeros(2))
+    states = {client: new_client(method) for client in CURVES}
+    for round in range(1500):
+        uploads = []
+        for client in CURVES:
+            run = Quadratic(*CURVES[client], UNEVEN[client])
+            run.learning_rate = rates.get(client, RATE)
+            sent = method.broadcast(server, client)
+            upload, states[client] = method.turn(sent, states[client], run)
+            uploads.append(replace(upload, client=client))
+        server = method.aggregate(server, uploads, round + 1)
+    assert where(server) == pytest.approx(BEST, abs=1e-3)
+    kept = torch.stack([state.vectors["control"] for state in states.values()]).mean(0)
+    torch.testing.assert_close(server.vectors["control"], kept, rtol=0, atol=1e-4)
+    for client, (h, a) in CURVES.items():
+        found = float(states[client].vectors["control"][0])
+        assert found == pytest.approx(h * (BEST - a), abs=1e-2)
 
 
 @pytest.mark.parametrize("size", [3, 2, 1])

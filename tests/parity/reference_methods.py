@@ -181,3 +181,69 @@ def rolora(fed: Federation) -> tuple[Tensor, Held]:
             ends[k] = descend(shared, gradients, fed.eta)
         shared = fed.mean(ends)
     return shared, ends
+
+
+@dataclass
+class Ranks:
+    """Whose adapter has which rank, the server's the largest; matrices as PEFT orders them.
+
+    A client's adapter is the server's with the rest of it zero, and takes no step there.
+    """
+
+    shapes: list[tuple[int, int]]
+    largest: int
+    of: dict[str, int]
+
+    def matrices(self, w: Tensor) -> list[Tensor]:
+        parts = w.split([rows * columns for rows, columns in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def flat(self, matrices: list[Tensor]) -> Tensor:
+        return torch.cat([matrix.reshape(-1) for matrix in matrices])
+
+    def cut(self, w: Tensor, r: int) -> Tensor:
+        """Zero all but the first r rows of A and columns of B; PEFT has A before B."""
+        kept = [matrix.clone() for matrix in self.matrices(w)]
+        for a, b in zip(kept[::2], kept[1::2], strict=True):
+            a[r:], b[:, r:] = 0, 0
+        return self.flat(kept)
+
+
+def hetlora(fed: Federation, ranks: Ranks) -> tuple[Tensor, Held]:
+    """Cho et al. 2024: truncate, train, pad with zeros, weigh by ‖B A‖_F; no pruning."""
+    shared, ends = fed.start.double(), {}
+    for round in range(1, fed.rounds + 1):
+        norms = {}
+        for k in fed.clients:
+            of_k = ranks.cut(torch.ones_like(shared), ranks.of[k])
+            gradients = [lambda w, g=g, m=of_k: m * g(w) for g in fed.gradients(k, round)]
+            ends[k] = descend(of_k * shared, gradients, fed.eta)
+            m = ranks.matrices(ends[k])
+            delta = [b @ a for a, b in zip(m[::2], m[1::2], strict=True)]
+            norms[k] = torch.cat([d.reshape(-1) for d in delta]).norm()
+        shared = sum(norms[k] / sum(norms.values()) * ends[k] for k in fed.clients)  # type: ignore[assignment]
+    return shared, ends
+
+
+def flexlora(fed: Federation, ranks: Ranks) -> tuple[list[Tensor], Held]:
+    """Bai et al. 2024: average B A by rows, SVD of the whole matrix, cut to each client's rank.
+
+    Returns the mean products of the last round and the clients' ends.
+    """
+    shared, ends, products = fed.start.double(), {}, list[Tensor]()
+    n = {k: len(examples(fed.folder, k)) for k in fed.clients}
+    for round in range(1, fed.rounds + 1):
+        for k in fed.clients:
+            of_k = ranks.cut(torch.ones_like(shared), ranks.of[k])
+            gradients = [lambda w, g=g, m=of_k: m * g(w) for g in fed.gradients(k, round)]
+            ends[k] = descend(of_k * shared, gradients, fed.eta)
+        matrices, products = [], []
+        for i in range(0, len(ranks.shapes), 2):
+            each = {k: ranks.matrices(ends[k])[i : i + 2] for k in fed.clients}
+            mean = sum(n[k] * b @ a for k, (a, b) in each.items()) / sum(n.values())
+            products.append(mean)  # type: ignore[arg-type]
+            u, s, vt = torch.linalg.svd(mean)
+            u, s, vt = u[:, : ranks.largest], s[: ranks.largest], vt[: ranks.largest]
+            matrices += [vt, u * s]
+        shared = ranks.flat(matrices)
+    return products, ends
