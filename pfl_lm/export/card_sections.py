@@ -14,7 +14,7 @@ from pfl_lm.export.card_recipe import shown_recipe
 from pfl_lm.export.card_text import BaseModel, count, fenced, number, safe, size, table
 from pfl_lm.export.index import BASE, RowCounts
 from pfl_lm.privacy.spent import NO_LEVER, ClientSpent
-from pfl_lm.recipe.clients import Own
+from pfl_lm.recipe.own import Own
 from pfl_lm.recipe.schema import Recipe
 
 if TYPE_CHECKING:

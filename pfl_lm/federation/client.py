@@ -32,7 +32,7 @@ from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method, ServerSta
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.privacy.dpsgd import RecordLevel
 from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
-from pfl_lm.recipe.clients import Own
+from pfl_lm.recipe.own import Own
 from pfl_lm.train import LocalTrainer, TurnDiagnostics
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from pfl_lm.layout import AdapterLayout
 from pfl_lm.recipe import Recipe
-from pfl_lm.recipe.clients import Own
+from pfl_lm.recipe.own import Own
 
 
 def own_layouts(

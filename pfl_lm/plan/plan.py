@@ -26,7 +26,7 @@ from pfl_lm.plan.rehearsal import Rehearsal, Shape, rehearse
 from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
 from pfl_lm.privacy.spent import ClientSpent, largest, noted, spent_by_client
 from pfl_lm.recipe import LoadedRecipe, Recipe
-from pfl_lm.recipe.clients import Own
+from pfl_lm.recipe.own import Own
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def contenders(draft: Draft) -> tuple[Contender, ...]:
         methods.append(ComparedMethod(method={"name": LOCAL}))
     own = _problems(draft.data, draft)
     found: list[Contender] = []
-    problems: list[str] = []
+    problems = list(_own_rates(draft))
     for i, method in enumerate(methods):
         added = i >= len(compare.methods)
         made = _contender(method, compare, draft)
@@ -70,6 +70,19 @@ def contenders(draft: Draft) -> tuple[Contender, ...]:
     if problems:
         raise RecipeError(listed(str(draft.path), problems))
     return tuple(found)
+
+
+def _own_rates(draft: Draft) -> Iterator[str]:
+    """Say which rules give clients a rate that no method's choice of rates would reach."""
+    rules = draft.data.get("clients")
+    for i, rule in enumerate(rules if isinstance(rules, list) else ()):
+        if isinstance(rule, dict) and rule.get("learning_rate") is not None:
+            line = draft.line_of(("clients", i, "learning_rate"))
+            yield (
+                f"line {line}  clients[{i}].learning_rate: a comparison gives each method the rate "
+                "that is best for it, and these clients would not get it; leave this out, or "
+                "`compare`"
+            )
 
 
 def _readable(section: dict[str, Any]) -> tuple[CompareOptions, list[int]]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pfl_lm.recipe.aggregation import AggregationOptions
 from pfl_lm.recipe.averaging import ScaffoldOptions
-from pfl_lm.recipe.clients import ClientRules, Own, largest_adapter, misfit, own_of
+from pfl_lm.recipe.clients import ClientRules, misfit
 from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.methods import (
@@ -20,6 +20,7 @@ from pfl_lm.recipe.methods import (
 )
 from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.options import Options, broken
+from pfl_lm.recipe.own import Own, largest_adapter, own_of
 from pfl_lm.recipe.privacy import PrivacyOptions, uncovered
 from pfl_lm.recipe.sections import (
     AdapterOptions,

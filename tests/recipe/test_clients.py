@@ -288,6 +288,24 @@ def test_a_comparison_refuses_methods_that_cannot_mix_ranks(tmp_path: Path) -> N
     assert labels == ["hetlora", "flexlora", "local"]
 
 
+def test_a_comparison_chooses_the_rates_of_all_clients(tmp_path: Path) -> None:
+    text = (
+        f"{LOCAL}clients:\n  - {{{MATCH}, learning_rate: 0.3}}\n"
+        "compare:\n  methods: [fedavg]\n  rates: [0.1, 0.2]\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        contenders(read_draft(write(tmp_path, text)))
+    [_, line] = caught.value.message.splitlines()
+    assert line == (
+        "  line 8  clients[0].learning_rate: a comparison gives each method the rate that is best "
+        "for it, and these clients would not get it; leave this out, or `compare`"
+    )
+    assert (
+        contenders(read_draft(write(tmp_path, text.replace("methods: [fedavg]", "seeds: [1]"))))
+        == ()
+    )
+
+
 def test_differences_between_rules_are_told_one_by_one(tmp_path: Path) -> None:
     def recipe(*rules: dict[str, object]) -> Recipe:
         data = json.dumps(list(rules))

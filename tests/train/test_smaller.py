@@ -161,7 +161,8 @@ def test_a_vector_of_another_shape_is_refused(world: World) -> None:
 
 def test_the_scale_is_the_recipes_whatever_the_rank() -> None:
     """An odd lora_alpha / r too: the resident adapter has room for 7, the client has 3."""
-    from pfl_lm.recipe.clients import ClientMatch, ClientRule, largest_adapter
+    from pfl_lm.recipe.clients import ClientMatch, ClientRule
+    from pfl_lm.recipe.own import largest_adapter
     from pfl_lm.recipe.sections import AdapterOptions
 
     rule = ClientRule(match=ClientMatch(ids=["a"]), r=7)
