@@ -350,7 +350,7 @@ def aggregate_here(rule: str, n: int, folder: Path) -> dict[str, float]:
         store.save_upload(client, 1, Upload({"weights": torch.randn(NUMBERS)}, 1.0))
         for client in store.slugs
     ]
-    uploads = StoredUploads(store, [files[i % 16] for i in range(n)])
+    uploads = StoredUploads(store, [("", files[i % 16]) for i in range(n)])
     how = {"rule": rule, **({"clip_norm": 1.0} if rule == "clipped_mean" else {})}
     setup = Setup(AdapterLayout(()), n, 0, options(), AggregationOptions.model_validate(how))
     combine(setup, 1, torch.zeros(NUMBERS), uploads[:2], "weights")
