@@ -66,6 +66,10 @@ class LostRankError(PflError):
     """Another rank of this job is gone."""
 
 
+class RanksApartError(PflError):
+    """Ranks that took a turn together do not hold the same numbers."""
+
+
 SHOWN = 20
 """How many problems a message lists; of the rest it gives the number."""
 

@@ -24,6 +24,7 @@ from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.behind import Behind
 from pfl_lm.federation.client import ClientSide
 from pfl_lm.federation.cohort import Cohorts
+from pfl_lm.federation.fleet.links import links
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
 from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
@@ -35,6 +36,7 @@ from pfl_lm.federation.opening import begun, gone_on_with
 from pfl_lm.federation.own import own_layouts, own_rates
 from pfl_lm.federation.rate import MOST_HALVINGS, first_rate, no_rate, with_training
 from pfl_lm.federation.rounds import Orchestrator
+from pfl_lm.federation.sharing import Sharing, sharing
 from pfl_lm.federation.slugs import slugs
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
@@ -51,7 +53,7 @@ from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.recipe.privacy import loose_deltas
 from pfl_lm.report.metrics import write_metrics
 from pfl_lm.report.tracking import tracked
-from pfl_lm.resume import run_slugs
+from pfl_lm.resume import run_slugs, run_way
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.rate import RateTooHighError
 
@@ -121,6 +123,8 @@ def finetune(
 
     # one rank converts what has to be converted
     ready, adapter = rank_0_first(accelerator, prepare)
+    if accelerator.num_processes > 1:
+        links()
     backbone, dataset = ready.backbone, ready.dataset
     names = run_slugs(loaded.run_folder) if resume else slugs(dataset.client_ids)
     # another rank's state has to be on disk when it answers, for its row is rank 0's to write
@@ -141,7 +145,7 @@ def finetune(
         if main:
             with leading(accelerator):
                 return _lead(loaded, fixed, _members(dataset, names, clients), resume=resume)
-        serve(lambda training: _side(with_training(recipe, training), fixed), accelerator)
+        serve(lambda training: _side(with_training(recipe, training), fixed))
         return RunResult(loaded.run_folder, ())
 
 
@@ -168,7 +172,10 @@ def load_common(
 def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume: bool) -> RunResult:
     """Do what one rank alone does: open the run folder, run the rounds, export, report."""
     folder, runtime = loaded.run_folder, loaded.recipe.runtime
-    about = _about(loaded.recipe, fixed)
+    way = _sharing(loaded.recipe, fixed, run_way(folder) if resume else None)
+    about = {**_about(loaded.recipe, fixed), "parallel": way.noted}
+    if way.why:
+        fixed.watch.note(way.why)
     if resume:
         opened = gone_on_with(loaded, about, fixed.store, fixed.watch)
     else:
@@ -177,7 +184,7 @@ def _lead(loaded: LoadedRecipe, fixed: _Fixed, members: list[Member], *, resume:
     with opened as ledger:
         try:
             with tracked(fixed.watch, runtime, folder, fixed.store.slugs) as watch:
-                side, server = _run(loaded.recipe, replace(fixed, watch=watch), ledger)
+                side, server = _run(loaded.recipe, replace(fixed, watch=watch, sharing=way), ledger)
             recipe = with_training(loaded.recipe, side.training)
             results = export_adapters(folder, recipe, side, server, fixed.backbone, ledger)
             write_metrics(folder / "metrics.csv", ledger)
@@ -205,6 +212,7 @@ class _Fixed:
     watch: Watch
     base: dict[tuple[str, Split], RowScores]
     n_rows: Mapping[str, int]
+    sharing: Sharing | None = None
 
 
 def _run(recipe: Recipe, fixed: _Fixed, ledger: Ledger) -> tuple[ClientSide, ServerState]:
@@ -235,7 +243,8 @@ def _rounds(
     side = _side(recipe, fixed, secret)
     fleet: Fleet = SerialFleet(side)
     if fixed.accelerator.num_processes > 1:
-        fleet = RankFleet(side, fixed.accelerator)
+        assert fixed.sharing is not None
+        fleet = RankFleet(side, links(), together=fixed.sharing.way == "data")
     steps = {c.id: side.training_of(c.id).steps_for(c.n_train) for c in fixed.dataset}
     cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset})
     server = side.method.init_server(fixed.start)
@@ -252,6 +261,7 @@ def _rounds(
         watch=fixed.watch,
         check_first_round=check_first_round,
         secret=secret,
+        scaled=fixed.adapter.is_half,
     )
     return side, orchestrator.run(server)
 
@@ -292,6 +302,13 @@ def _note_own_candidate(side: ClientSide, server: ServerState, ledger: Ledger) -
     own = next(iter(side.candidates(client, side.method.broadcast(server, client), None)))
     if ledger.about().get("own_candidate") != own:
         ledger.note("own_candidate", own)
+
+
+def _sharing(recipe: Recipe, fixed: _Fixed, begun: str | None) -> Sharing:
+    n_ranks = fixed.accelerator.num_processes
+    cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset}) if n_ranks > 1 else None
+    sizes = [] if cohorts is None else [len(chosen) for chosen in cohorts.all()]
+    return sharing(recipe.runtime.parallel, n_ranks, sizes, begun)
 
 
 def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:

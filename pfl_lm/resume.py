@@ -186,6 +186,12 @@ def run_slugs(folder: Path) -> dict[str, str]:
     return names
 
 
+def run_way(folder: Path) -> str | None:
+    """Return what a run's ranks shared when it began; None if it does not say."""
+    with glance(folder) as ledger:
+        return None if ledger is None else ledger.about().get("parallel")
+
+
 def rows_of_one(loaded: LoadedRecipe, client: str, path: Path) -> dict[str, ClientRows]:
     """Return the rows of one client from a file of its own, split as the recipe says.
 

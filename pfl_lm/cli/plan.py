@@ -123,6 +123,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{up} up and {down} down a round, {in_round} of {len(plan.clients)} clients",
     )
     yield "work", f"{plan.steps:,} optimizer steps in all"
+    yield "ranks", plan.ranks
     yield from _privacy(plan)
     yield from _memory(plan)
     yield (

@@ -3,6 +3,9 @@
 The loss is a sum over tokens, so each micro-batch of training carries the number of supervised
 tokens in its accumulation window: the micro-batches that together make one optimizer step. Which
 rows of a window share a micro-batch is nobody's business but the padding's: those of like length.
+
+Where several ranks train one client together, each takes its share of every window's rows, and its
+micro-batches still carry the supervised tokens of the whole window.
 """
 
 from __future__ import annotations
@@ -83,6 +86,8 @@ def training_batches(
     pad_token_id: int,
     seed: int,
     group_by_length: bool = False,
+    rank: int = 0,
+    n_ranks: int = 1,
 ) -> DataLoader[dict[str, Any]]:
     """Make the ``steps * accumulation`` micro-batches of one client turn.
 
@@ -96,9 +101,13 @@ def training_batches(
     micro-batches of a pass are made anew of their rows in order of length. A pass then takes its
     micro-batches in shuffled order, since a turn may be over before the pass is.
 
+    With several ranks the rows of each window are dealt out to them by length, and a window of
+    this rank is `accumulation_of_rank` micro-batches, some of them perhaps without any row.
+
     Returns:
         A loader of what ``collate`` makes, plus ``window_tokens``: an int, the supervised tokens of
-        the ``accumulation`` micro-batches that share the optimizer step. Each iteration repeats it.
+        the whole optimizer step, on all ranks. It is alone where there is no row. Each iteration
+        repeats it.
 
     Raises:
         ValueError: there are no examples, or steps, accumulation or batch_size is below 1.
@@ -115,9 +124,19 @@ def training_batches(
     mega = _MEGA if group_by_length else 1
     rows = _shuffled_passes(lengths, steps * accumulation, batch_size, generator, mega)
     rows = _by_length_in_windows(rows, lengths, accumulation)
-    batches = _MicroBatches(examples, rows, accumulation, pad_token_id)
+    windows = [rows[start : start + accumulation] for start in range(0, len(rows), accumulation)]
+    tokens = [sum(examples[i].n_supervised for i in chain.from_iterable(w)) for w in windows]
+    if n_ranks > 1:
+        accumulation = accumulation_of_rank(accumulation, n_ranks)
+        windows = [_share(window, lengths, accumulation, rank, n_ranks) for window in windows]
+    batches = _MicroBatches(examples, windows, tokens, pad_token_id)
     # Iterating a DataLoader draws a number, which without a generator comes from the global one.
     return DataLoader(batches, batch_size=None, shuffle=False, num_workers=0, generator=generator)
+
+
+def accumulation_of_rank(accumulation: int, n_ranks: int) -> int:
+    """Return how many micro-batches a rank's share of an optimizer step is, one at least."""
+    return -(-accumulation // n_ranks)
 
 
 def evaluation_batches(
@@ -171,29 +190,42 @@ def _by_length_in_windows(
     return dealt
 
 
+def _share(
+    window: list[list[int]], lengths: Sequence[int], n_batches: int, rank: int, n_ranks: int
+) -> list[list[int]]:
+    """Return a rank's rows of one window in so many micro-batches, none larger than the window's.
+
+    Every ``n_ranks``-th row by length is its own, so that all ranks pad and compute alike.
+    """
+    rows = longest_first(chain.from_iterable(window), lengths)[rank::n_ranks]
+    size = max(1, -(-len(rows) // n_batches))
+    return [rows[i * size : (i + 1) * size] for i in range(n_batches)]
+
+
 class _MicroBatches(Dataset[dict[str, Any]]):
     """Micro-batches by position, padded only when they are asked for."""
 
     def __init__(
         self,
         examples: Sequence[Example],
-        rows: list[list[int]],
-        accumulation: int,
+        windows: list[list[list[int]]],
+        window_tokens: list[int],
         pad_token_id: int,
     ) -> None:
         self._examples = examples
-        self._rows = rows
-        self._pad_token_id = pad_token_id
-        tokens = [sum(examples[i].n_supervised for i in batch) for batch in rows]
-        self._window_tokens = [
-            sum(tokens[start : start + accumulation]) for start in range(0, len(rows), accumulation)
+        self._batches = [
+            (rows, tokens)
+            for window, tokens in zip(windows, window_tokens, strict=True)
+            for rows in window
         ]
-        self._accumulation = accumulation
+        self._pad_token_id = pad_token_id
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        chosen = [self._examples[i] for i in self._rows[index]]
-        window_tokens = self._window_tokens[index // self._accumulation]
+        rows, window_tokens = self._batches[index]
+        if not rows:
+            return {"window_tokens": window_tokens}
+        chosen = [self._examples[i] for i in rows]
         return {**collate(chosen, self._pad_token_id), "window_tokens": window_tokens}

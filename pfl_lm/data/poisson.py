@@ -25,10 +25,13 @@ def poisson_steps(
     batch_size: int,
     pad_token_id: int,
     seed: int,
+    rank: int = 0,
+    n_ranks: int = 1,
 ) -> DataLoader[dict[str, list[dict[str, Tensor]]]]:
     """Draw the rows of ``steps`` optimizer steps, each row in each step with probability ``rate``.
 
-    What is drawn depends on ``seed`` alone, and PyTorch's global generator is left as it was.
+    What is drawn depends on ``seed`` alone, and PyTorch's global generator is left as it was. Of
+    several ranks each gets its share of every step's rows, dealt out by length.
 
     Returns:
         A loader of one step at a time: under ``micro_batches`` a list, perhaps empty, of what
@@ -48,6 +51,9 @@ def poisson_steps(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand((steps, len(examples)), generator=generator, dtype=torch.float64) < rate
     rows = [step.nonzero().flatten().tolist() for step in drawn]
+    if n_ranks > 1:
+        lengths = [len(example.input_ids) for example in examples]
+        rows = [longest_first(step, lengths)[rank::n_ranks] for step in rows]
     loaded = _Steps(examples, rows, batch_size, pad_token_id)
     # Iterating a DataLoader draws a number, which without a generator comes from the global one.
     return DataLoader(loaded, batch_size=None, shuffle=False, num_workers=0, generator=generator)

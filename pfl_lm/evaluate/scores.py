@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pfl_lm.data.batches import evaluation_batches
+from pfl_lm.data.batches import evaluation_batches, longest_first
 from pfl_lm.layout import Vector
 from pfl_lm.train.loss import nll_by_row
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
     from pfl_lm.model.adapter import Adapter
+    from pfl_lm.train.share import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +47,32 @@ def score(
     batch_size: int,
     pad_token_id: int,
     on_rows: Callable[[int], None] | None = None,
+    share: Share | None = None,
 ) -> RowScores:
     """Score ``vector`` on a client's rows. Overwrites the resident adapter.
 
-    ``on_rows`` is told how many rows each batch had, for progress.
+    ``on_rows`` is told how many rows each batch had, for progress. With a ``share`` this rank runs
+    its part of the rows, dealt out by length, and every rank gets the scores of all.
     """
     adapter.write(vector)
     adapter.model.eval()
-    nll = [0.0] * len(examples)
-    for indices, batch in evaluation_batches(examples, batch_size, pad_token_id):
+    mine = list(range(len(examples)))
+    if share is not None:
+        mine = longest_first(mine, [len(example.input_ids) for example in examples])
+        mine = mine[share.rank :: share.n_ranks]
+    nll = torch.zeros(len(examples), dtype=torch.float64)
+    for indices, batch in evaluation_batches([examples[i] for i in mine], batch_size, pad_token_id):
         placed = {name: tensor.to(vector.device) for name, tensor in batch.items()}
         for index, value in zip(indices, nll_by_row(adapter.forward, placed).tolist(), strict=True):
-            nll[index] = value
-        if on_rows is not None:
+            nll[mine[index]] = value
+        if on_rows is not None and share is None:
             on_rows(len(indices))
-    return RowScores(tuple(nll), tuple(example.n_supervised for example in examples))
+    if share is not None:
+        nll = nll.to(vector.device)
+        share.add_up(nll)
+        if on_rows is not None:
+            on_rows(len(examples))
+    return RowScores(tuple(nll.tolist()), tuple(example.n_supervised for example in examples))
 
 
 def paired_difference(a: RowScores, b: RowScores) -> tuple[float, float]:

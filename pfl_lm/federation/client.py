@@ -28,12 +28,13 @@ from pfl_lm.federation.messages import Assignment, Score, Split, Update
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import AdapterLayout, Vector
-from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method, ServerState
+from pfl_lm.methods import Broadcast, ClientInfo, ClientState, Method, ServerState, Upload
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.privacy.dpsgd import RecordLevel
 from pfl_lm.recipe import RecordLevelOptions, TrainingOptions
 from pfl_lm.recipe.own import Own
 from pfl_lm.train import LocalTrainer, TurnDiagnostics
+from pfl_lm.train.share import Share
 
 
 @dataclass
@@ -45,6 +46,9 @@ class ClientSide:
     has numbers layer by layer. ``own`` is what each client goes by, with the rates of
     ``training``; the vectors of one whose adapter is smaller are of its own layout, in states,
     uploads and candidates, and fit into the one resident adapter.
+
+    With a ``share`` several ranks take every task together, each its part of the rows, and all come
+    to the same; the first of them alone writes the client's state.
     """
 
     method: Method
@@ -59,6 +63,7 @@ class ClientSide:
     record_level: RecordLevelOptions | None = None
     diagnose: bool = False
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
+    share: Share | None = None
     own: Mapping[str, Own] = field(default_factory=dict)
 
     def training_of(self, client: str) -> TrainingOptions:
@@ -111,8 +116,12 @@ class ClientSide:
         noise_seed: int | None = None,
         *,
         halved: bool = False,
+        last: Mapping[str, float] | None = None,
     ) -> LocalTrainer:
-        """Return what a method may do with this client's data in a turn of ``steps`` steps."""
+        """Return what a method may do with this client's data in a turn of ``steps`` steps.
+
+        ``last`` is the summary of the client's last turn, where this one goes by it.
+        """
         private = None
         if self.record_level is not None:
             assert noise_seed is not None
@@ -130,12 +139,16 @@ class ClientSide:
             private=private,
             diagnostics=TurnDiagnostics(self.adapter.layout) if self.diagnose else None,
             layout=self.layout_of(client),
+            share=self.share,
+            before=last,
         )
 
     def _train(self, task: Assignment) -> Update:
         began = time.perf_counter()
         run = self.local_run(
-            task.client, task.steps, task.seed, task.noise_seed, halved=task.halved
+            *(task.client, task.steps, task.seed, task.noise_seed),
+            halved=task.halved,
+            last=task.last,
         )
         before = self.state(task.client, task.state)
         upload, state = self.method.turn(task.sent, before, run)
@@ -147,17 +160,25 @@ class ClientSide:
             run.summary["batches_after"] = run.mean_loss(end, task.steps)
         refuse_not_finite("state", state.vectors)
         refuse_not_finite("upload", upload.vectors)
-        file = self.store.save_client(task.client, task.round, state)
         return Update(
             run=task.run,
             round=task.round,
             client=task.client,
             upload=upload,
-            state=file,
+            state=self._saved(task, state, upload),
             steps_done=int(run.summary.pop("steps_done")),
             summary=run.summary,
             seconds=time.perf_counter() - began,
         )
+
+    def _saved(self, task: Assignment, state: ClientState, upload: Upload) -> StateFile | None:
+        """Write a client's state; of ranks that share its turn, the first does, for all."""
+        if self.share is not None:
+            held = [*state.vectors.values(), *upload.vectors.values()]
+            self.share.refuse_apart(f"client {short(task.client)}", *held)
+            if self.share.rank:
+                return None
+        return self.store.save_client(task.client, task.round, state)
 
     def _evaluate(self, task: Assignment) -> Update:
         began = time.perf_counter()
@@ -204,8 +225,11 @@ class ClientSide:
         examples: tuple[Example, ...],
     ) -> RowScores:
         """Score a candidate; the untouched backbone once for each client and split."""
-        if name == BASE and (task.client, split) in self.base:
-            return self.base[task.client, split]
+        known = self.base.get((task.client, split)) if name == BASE else None
+        if name == BASE and self.share is not None and not self.share.all_have(known is not None):
+            known = None
+        if known is not None:
+            return known
         scored = score(
             self.adapter,
             self.adapter.layout.filled(vector, self.layout_of(task.client)),
@@ -213,6 +237,7 @@ class ClientSide:
             batch_size=self.training.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,
             on_rows=self.watch.rows,
+            share=self.share,
         )
         if not math.isfinite(scored.mean):
             raise DivergedError(

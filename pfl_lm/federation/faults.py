@@ -13,12 +13,19 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pfl_lm.errors import DismissedError, LostRankError, PflError, RunFolderError
+from pfl_lm.errors import (
+    DismissedError,
+    LostRankError,
+    PflError,
+    RanksApartError,
+    RunFolderError,
+)
 from pfl_lm.federation.messages import Assignment, Fault, Update
 from pfl_lm.layout import Vector
 from pfl_lm.methods import Broadcast, ClientState, ServerState, Upload
 from pfl_lm.methods.base import SHARED
 from pfl_lm.recipe import TrainingOptions
+from pfl_lm.train.share import OtherRankFailedError
 
 LARGEST_STEP = 100.0
 """How many times the length of what is shared an update may be before it is out of proportion."""
@@ -45,11 +52,12 @@ def attempted(turn: Callable[[Assignment], Update], task: Assignment) -> Update:
 
     Raises:
         RunFolderError: the run's own files cannot be read or written.
-        LostRankError, DismissedError: the run is over.
+        LostRankError, DismissedError, RanksApartError: the run is over.
+        OtherRankFailedError: a rank that shares the turn has failed, and says why.
     """
     try:
         return turn(task)
-    except (RunFolderError, LostRankError, DismissedError):
+    except (RunFolderError, LostRankError, DismissedError, RanksApartError, OtherRankFailedError):
         raise
     except NotFiniteError as error:
         fault = Fault("not_finite", str(error))

@@ -140,6 +140,13 @@ class History:
         )
         return StateFile(*found[0]) if found else None
 
+    def last_summary(self, client: str) -> dict[str, float]:
+        """Return the numbers of a client's last committed turn; none before its first."""
+        found = self._ask(
+            "SELECT summary FROM turns WHERE client = ? ORDER BY round DESC LIMIT 1", client
+        )
+        return self._numbers(found[0][0]) if found else {}
+
     def cohort(self, round: int) -> list[str] | None:
         """Return who takes part in a round, in id order; None before it was drawn."""
         rows = self._ask("SELECT client FROM cohorts WHERE round = ? ORDER BY client", round)

@@ -43,6 +43,7 @@ class Assignment:
         halved: take micro-batches of half the rows, twice as many of them; the last try has run
             out of memory.
         noise_seed: of a ``train`` task, what its noise comes from; None if there is none.
+        last: the summary of the client's last turn, where its next one goes by it.
     """
 
     run: str
@@ -56,6 +57,7 @@ class Assignment:
     check_loss: bool = False
     halved: bool = False
     noise_seed: int | None = field(default=None, repr=False)  # a secret
+    last: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

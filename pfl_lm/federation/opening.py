@@ -22,7 +22,7 @@ from pfl_lm.files import explained, make_folder, write_atomically
 from pfl_lm.recipe import LoadedRecipe
 
 _MAY_DIFFER = (
-    *("device", "threads", "pfl_lm", "python"),
+    *("device", "threads", "parallel", "pfl_lm", "python"),
     *("torch", "lightning", "transformers", "peft"),
 )
 

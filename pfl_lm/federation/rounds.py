@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -36,7 +36,8 @@ class Orchestrator:
 
     ``steps`` are the optimizer steps of each client's turn; its keys are the clients. With
     ``check_first_round`` a client whose own batches' loss rises over round 1 ends the run.
-    ``secret`` is what all noise comes from; None if there is none.
+    ``secret`` is what all noise comes from; None if there is none. With ``scaled`` gradients a turn
+    goes on with the scale that the client's last one has ended with.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Orchestrator:
     watch: Watch
     check_first_round: bool = False
     secret: int | None = field(default=None, repr=False)
+    scaled: bool = False
 
     def run(self, start: ServerState) -> ServerState:
         """Run every round that is not over yet, and return the server's last state.
@@ -96,8 +98,9 @@ class Orchestrator:
         most = longest_update(server)
         while waiting := self.ledger.waiting(round):
             sent: dict[str, Broadcast] = {}
-            with self._on_disk():
-                for update in self.fleet.run(self._to_train(round, server, waiting, sent)):
+            tasks = self._to_train(round, server, self.fleet.order("train", waiting), sent)
+            with self._on_disk(), closing(self.fleet.run(tasks)) as updates:
+                for update in updates:
                     self._settle(update, sent.pop(update.client), most)
         turns = len(self.ledger.turns(round))
         if turns < self.recipe.federation.min_clients:
@@ -121,10 +124,10 @@ class Orchestrator:
     def _welcome(self, round: int, server: ServerState) -> None:
         """Let clients who have joined take a turn that is theirs alone: nothing is averaged."""
         sent: dict[str, Broadcast] = {}
-        newcomers = self.ledger.newcomers(round)
+        newcomers = self.fleet.order("train", self.ledger.newcomers(round))
         tasks = self._to_train(round, server, newcomers, sent, counted=False)
-        with self._on_disk():
-            for update in self.fleet.run(tasks):
+        with self._on_disk(), closing(self.fleet.run(tasks)) as updates:
+            for update in updates:
                 if update.fault is not None:
                     what = update.fault.message
                     raise PflError(f"{update.client}: its first turn has failed: {what}")
@@ -192,19 +195,20 @@ class Orchestrator:
         done = self.ledger.chosen(round) if final else self.ledger.scored(round)
         kind: Kind = "finish" if final else "evaluate"
         members = [m.client for m in self.ledger.members() if m.joined <= round]
+        due = self.fleet.order(kind, [client for client in members if client not in done])
         candidate = None
-        for update in self.fleet.run(self._to_score(round, kind, server, members, done)):
-            self.ledger.commit_scores(update)
-            candidate = update.scores[0].candidate
+        with closing(self.fleet.run(self._to_score(round, kind, server, due))) as updates:
+            for update in updates:
+                self.ledger.commit_scores(update)
+                candidate = update.scores[0].candidate
         if candidate is not None:
             self.watch.round(self._report(round, candidate, time.perf_counter() - began))
 
     def _to_score(
-        self, round: int, kind: Kind, server: ServerState, members: list[str], done: set[str]
+        self, round: int, kind: Kind, server: ServerState, clients: list[str]
     ) -> Iterator[Assignment]:
-        for client in members:
-            if client not in done:
-                yield self._task(round, kind, client, self.method.broadcast(server, client))
+        for client in clients:
+            yield self._task(round, kind, client, self.method.broadcast(server, client))
 
     def _task(self, round: int, kind: Kind, client: str, sent: Broadcast) -> Assignment:
         training = kind == "train"
@@ -221,6 +225,7 @@ class Orchestrator:
             check_loss=self._checks(round) and training,
             noise_seed=None if secret is None else client_noise(secret, client, round),
             halved=training and self.ledger.last_fault(round, client) == "memory",
+            last=self.ledger.last_summary(client) if training and self.scaled else {},
         )
 
     def _report(self, round: int, candidate: str, scoring_seconds: float) -> RoundReport:

@@ -23,6 +23,7 @@ what is missing, for good. For the same reason
 
 * a turn that goes uncounted (the first of a client that has joined) leaves c_i as it was,
 * when the number of clients has changed, c becomes that share of the same sum,
+* a step that was left out, since its gradient overflowed in float16, is none of the T,
 * a client can be removed only together with all rounds (``pfl-lm remove --replay``).
 
 State: c_i, and y to be scored. Upload: y, and T as a number. Candidates: ``global`` (x), ``local``
@@ -79,12 +80,12 @@ class Scaffold(Method):
         own = client.vectors["control"]
         weights = run.train(start, steps=run.steps, callbacks=[GradientShift(control - own)])
         kept = own.clone()
-        if sent.counted:
-            kept = (
-                own.double() + _change(start, weights, control, run.steps * run.learning_rate)
-            ).float()
+        steps = run.steps - int(run.summary.get("skipped_steps", 0))
+        if sent.counted and steps:
+            length = steps * run.learning_rate
+            kept = (own.double() + _change(start, weights, control, length)).float()
         run.summary["control_norm"] = float(kept.norm())
-        upload = Upload({"weights": weights}, weight=1.0, scalars={"steps": float(run.steps)})
+        upload = Upload({"weights": weights}, weight=1.0, scalars={"steps": float(steps)})
         return upload, ClientState({"weights": weights, "control": kept})
 
     def aggregate(self, server: ServerState, uploads: Sequence[Upload], round: int) -> ServerState:
@@ -96,9 +97,10 @@ class Scaffold(Method):
 
         total = server.scalars["n_clients"] * control.double()  # Σ c_i over all clients
         for upload in uploads:
-            steps = max(1.0, upload.scalars["steps"])
-            length = steps * self.setup.rate_of(upload.client)
-            total += _change(start, upload.vectors["weights"], control, length)
+            steps, end = upload.scalars["steps"], upload.vectors["weights"]
+            if steps >= 1 or not torch.equal(start, end):  # who took no step has not moved
+                length = max(1.0, steps) * self.setup.rate_of(upload.client)
+                total += _change(start, end, control, length)
         n_clients = float(self.setup.n_clients)
         vectors = {"global_weights": after.float(), "control": (total / n_clients).float()}
         return ServerState(vectors, {"n_clients": n_clients})

@@ -42,6 +42,7 @@ class Adapter:
         layout: which slice of the vector is which matrix.
         weights: ``(d,)`` fp32, the live numbers; writing here changes the model.
         grads: ``(d,)`` fp32, the live gradients of the last backward.
+        is_half: whether the backbone below it is float16, so that gradients must be scaled.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Adapter:
             ModelError: a target module or a layer does not exist, or layers cannot be compiled.
         """
         _check_targets(backbone.model, options)
+        self.is_half = backbone.dtype == torch.float16
         self.model = backbone.model
         self._peft, self.config = _inject(backbone, options, seed)
         self._parameters = _parameters_by_place(self._peft)

@@ -13,6 +13,7 @@ from pfl_lm.data.federated import ClientData, FederatedDataset
 from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.own import own_layouts, own_rates
+from pfl_lm.federation.sharing import planned
 from pfl_lm.layout import AdapterLayout
 from pfl_lm.methods import METHODS, Setup
 from pfl_lm.model.adapter import Adapter
@@ -58,6 +59,7 @@ class Plan:
         parameters: how many it has.
         layout: of every adapter; of one with room for all, if some are ``smaller``.
         in_round: how many clients train in a round, at least and at most.
+        ranks: what several processes would share.
         steps: optimizer steps of all rounds and clients.
         traffic: of a client with an adapter of this layout.
         up: bytes sent in a round by all its clients, at least and at most.
@@ -75,6 +77,7 @@ class Plan:
     smaller: bool
     clients: tuple[ClientPlan, ...]
     in_round: tuple[int, int]
+    ranks: str
     steps: int
     traffic: Traffic
     up: tuple[int, int]
@@ -97,7 +100,8 @@ def make_plan(
             not there, a backbone that is none.
     """
     recipe = loaded.recipe
-    device = Accelerator().device
+    accelerator = Accelerator()
+    device = accelerator.device
     dtype = pick_dtype(recipe.backbone.dtype, device)
     source = find_source(recipe.backbone, say)
     outline = outline_backbone(source, recipe.backbone, dtype)
@@ -159,6 +163,7 @@ def make_plan(
         smaller=bool(layouts),
         clients=clients,
         in_round=_least_and_most(sizes),
+        ranks=planned(recipe.runtime.parallel, accelerator.num_processes, sizes),
         steps=sum(steps[client] for chosen in taking_part for client in chosen),
         traffic=traffic,
         up=(

@@ -70,6 +70,8 @@ class PrivateGradient:
 
     Attributes:
         released: how many gradients have been given away.
+        total: ``(d,)``, the sum of the step's clipped gradients so far. Where ranks share a step,
+            it is to be that of all of them before it is released: the noise is then added once.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class PrivateGradient:
         self.expected_rows = expected_rows
         self.trained = None if trained is None else trained.to(adapter.grads.device)
         self.released = 0
-        self._sum = torch.zeros_like(adapter.grads)
+        self.total = torch.zeros_like(adapter.grads)
         self._generator = torch.Generator().manual_seed(seed)
 
     def watching(self) -> AbstractContextManager[None]:
@@ -107,20 +109,20 @@ class PrivateGradient:
         factors = (self.options.max_grad_norm / (norms[sound] + _TO_BE_SAFE)).clamp(max=1.0)
         for entry, g in rows:
             clipped = torch.einsum("i,i...->...", factors, g[sound])
-            self._sum[entry.start : entry.stop] += clipped.flatten()
+            self.total[entry.start : entry.stop] += clipped.flatten()
 
     def release(self) -> None:
         """Put the step's private gradient in the place of the adapter's, and begin the next."""
-        noise = torch.randn(len(self._sum), generator=self._generator)
+        noise = torch.randn(len(self.total), generator=self._generator)
         std = self.options.noise_multiplier * self.options.max_grad_norm
-        self._sum.add_(noise.to(self._sum.device), alpha=std).div_(self.expected_rows)
+        self.total.add_(noise.to(self.total.device), alpha=std).div_(self.expected_rows)
         for (_, view), parameter in zip(
-            self.adapter.layout.views(self._sum), self.adapter.parameters(), strict=True
+            self.adapter.layout.views(self.total), self.adapter.parameters(), strict=True
         ):
             if not parameter.requires_grad:
                 view.zero_()  # nobody trains it: no noise is due
         if self.trained is not None:
-            self._sum.masked_fill_(~self.trained, 0.0)
-        self.adapter.grads.copy_(self._sum)
-        self._sum.zero_()
+            self.total.masked_fill_(~self.trained, 0.0)
+        self.adapter.grads.copy_(self.total)
+        self.total.zero_()
         self.released += 1

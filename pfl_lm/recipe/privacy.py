@@ -14,7 +14,7 @@ from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.methods import LocalOptions, MethodOptions
 from pfl_lm.recipe.mixed import FlexLoraOptions, HetLoraOptions
 from pfl_lm.recipe.options import Options, broken
-from pfl_lm.recipe.sections import RuntimeOptions, TrainingOptions
+from pfl_lm.recipe.sections import BackboneOptions, RuntimeOptions, TrainingOptions
 
 _Noise = Annotated[float, Field(gt=0)]
 _Delta = Annotated[float, Field(gt=0, lt=1)]
@@ -117,6 +117,7 @@ def uncovered(
     method: MethodOptions,
     aggregation: AggregationOptions,
     runtime: RuntimeOptions,
+    backbone: BackboneOptions,
 ) -> PydanticCustomError | None:
     """Return what of a recipe its levers do not account for or cannot go with; None if nothing."""
     lever = privacy.first_asked
@@ -132,6 +133,12 @@ def uncovered(
             "with `privacy.record_level` each row's gradient is looked at inside of the layers, "
             "and a compiled one shows nothing; leave it out",
             *("runtime", "compile"),
+        )
+    if privacy.record_level is not None and backbone.dtype == "float16":
+        return broken(
+            "float16 has gradients scaled and steps left out by what the rows' gradients are, which "
+            "`privacy.record_level` does not account for; use `bfloat16` or `float32`",
+            *("backbone", "dtype"),
         )
     if lever is not None and training.rate_is_auto:
         return broken(

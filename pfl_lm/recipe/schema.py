@@ -198,7 +198,13 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _privacy_covers_what_is_done(self) -> Self:
         wrong = uncovered(
-            self.privacy, self.data, self.training, self.method, self.aggregation, self.runtime
+            self.privacy,
+            self.data,
+            self.training,
+            self.method,
+            self.aggregation,
+            self.runtime,
+            self.backbone,
         )
         if wrong is not None:
             raise wrong

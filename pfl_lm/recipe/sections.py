@@ -302,10 +302,12 @@ class RuntimeOptions(Options):
     output_dir: Text = Field(
         default="runs", description="Folder in which the run gets a folder of its own name."
     )
-    parallel: Literal["auto", "clients"] = Field(
+    parallel: Literal["auto", "clients", "data"] = Field(
         default="auto",
-        description="clients: insist on spreading each round's clients over several ranks; auto: "
-        "do so if there are several.",
+        description="What several ranks share. clients: each takes turns of its own; data: all "
+        "take each client's turn together, each its share of every optimizer step's rows; auto: "
+        "clients where a round has at least as many as there are ranks, else data. See "
+        "[several GPUs](parallel.md).",
     )
     threads: int | None = Field(
         default=None,

@@ -7,21 +7,25 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
 from typing_extensions import override
 
-from pfl_lm.data.batches import training_batches
+from pfl_lm.data.batches import accumulation_of_rank, training_batches
 from pfl_lm.data.poisson import poisson_steps
 from pfl_lm.errors import RecipeError
 from pfl_lm.layout import Factor, Vector
 from pfl_lm.privacy.spent import expected_rows, noted
+from pfl_lm.seeds import derive_seed
 from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
+from pfl_lm.train.scaling import FIRST_SCALE, SCALE, STREAK, ScaledGradients
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from pfl_lm.privacy.dpsgd import PrivateGradient, RecordLevel
     from pfl_lm.recipe import TrainingOptions
     from pfl_lm.train.diagnostics import TurnDiagnostics
+    from pfl_lm.train.share import Share
 
 # Lightning sets its loggers to INFO on import and would greet every client of every round.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -52,6 +57,9 @@ class LocalTrainer:
         diagnostics: looks on at every fit, if there is one; it changes none.
         layout: of the client's own adapter, if it is smaller than the resident one: vectors that
             come and go are of it.
+        share: which part of the turn is this rank's, if several take it together. All of them call
+            the same methods in the same order, and all end at the same bits.
+        before: the summary of the client's last turn, which says how to scale float16's gradients.
 
     Attributes:
         n_examples: the client's training rows.
@@ -77,6 +85,8 @@ class LocalTrainer:
         private: RecordLevel | None = None,
         diagnostics: TurnDiagnostics | None = None,
         layout: AdapterLayout | None = None,
+        share: Share | None = None,
+        before: Mapping[str, float] | None = None,
     ) -> None:
         self.adapter = adapter
         self.examples = examples
@@ -88,6 +98,8 @@ class LocalTrainer:
         self.private = private
         self.diagnostics = diagnostics
         self.layout = layout or adapter.layout
+        self.share = share
+        self.scaling = _scaling(adapter, before or {}) if private is None else None
         self.n_examples = len(examples)
         self.learning_rate = training.learning_rate
         self.n_tokens = sum(example.n_supervised for example in examples)
@@ -116,19 +128,21 @@ class LocalTrainer:
         if self.diagnostics is not None:
             callbacks = self.diagnostics.around(start, callbacks)
         running = None if moments is None else self._filled(moments)
-        module = PersonalizedLM(self.adapter, self.training, running, private)
+        module = PersonalizedLM(self.adapter, self.training, running, private, self.share)
         device = self.adapter.weights.device
         with (
             _quiet(),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             nullcontext() if private is None else private.watching(),
         ):
-            torch.manual_seed(self.seed)
-            trainer = _trainer(device, accumulation, steps, [*callbacks, *self.onlookers])
+            torch.manual_seed(self._dropout_seed())
+            looking_on = [*callbacks, *self.onlookers]
+            trainer = _trainer(device, accumulation, steps, looking_on, self.scaling)
+            left_out = self._left_out()
             trainer.fit(module, batches)
         if moments is not None and running is not None:
             self._take(running, moments)
-            moments.step += trainer.global_step
+            moments.step += trainer.global_step - (self._left_out() - left_out)
         self.adapter.model.eval()
         self._note(module, trainer)
         end = self.adapter.layout.taken(self.adapter.read(), self.layout)
@@ -139,7 +153,8 @@ class LocalTrainer:
     def loss_and_grad(self, at: Vector, batch: Mapping[str, Any]) -> tuple[float, Vector]:
         """Return the mean token loss of one batch at ``at`` and its gradient, ``(d,)``.
 
-        Overwrites the resident adapter.
+        Overwrites the resident adapter. Ranks that share the turn are given the same whole batch,
+        and each takes its part of the rows.
 
         Raises:
             RecipeError: the record-level lever is set, which covers nothing but fits.
@@ -147,19 +162,43 @@ class LocalTrainer:
         self._refuse_bare_numbers()
         self._put(at)
         self.adapter.train_only(None)
+        scale = 1.0 if self.scaling is None else FIRST_SCALE
+        loss, grad = self._scaled_grad(batch, scale)
+        while not bool(grad.isfinite().all()) and scale > 1:
+            scale /= 2
+            loss, grad = self._scaled_grad(batch, scale)
+        return float(loss), grad
+
+    def _scaled_grad(self, batch: Mapping[str, Any], scale: float) -> tuple[Tensor, Vector]:
         self.adapter.zero_grad()
-        loss = nll_sum(self.adapter.forward, batch) / batch["window_tokens"]
-        loss.backward()
-        grads = self.adapter.layout.taken(self.adapter.grads, self.layout)
-        return float(loss.detach()), grads.clone()
+        loss = self.adapter.weights.new_zeros(())
+        if (mine := self._part(batch)) is not None:
+            nll = nll_sum(self.adapter.forward, mine) / batch["window_tokens"]
+            (nll * scale).backward()
+            loss = nll.detach()
+        found = torch.cat([self.adapter.grads / scale, loss.reshape(1)])
+        if self.share is not None:
+            self.share.add_up(found)
+        return found[-1], self.adapter.layout.taken(found[:-1], self.layout)
+
+    def _part(self, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return this rank's rows of a batch, the longest of them as long as before; None if none.
+
+        ``positions`` are left for the loss to find anew.
+        """
+        if self.share is None:
+            return batch
+        rows = slice(self.share.rank, None, self.share.n_ranks)
+        names = ("input_ids", "attention_mask", "labels")
+        part = {name: batch[name][rows] for name in names}
+        return part if len(part["labels"]) else None
 
     def windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
-        """Yield the micro-batches of each optimizer step of a fit, placed on the device."""
-        accumulation = self.training.gradient_accumulation_steps
-        batches = iter(self._batches(steps))
-        device = self.adapter.weights.device
-        for _ in range(steps):
-            yield [move_data_to_device(next(batches), device) for _ in range(accumulation)]
+        """Yield the micro-batches of each optimizer step of a fit, placed on the device.
+
+        They are the whole step's, also where ranks share the turn.
+        """
+        return self._placed(self._batches(steps), self.training.gradient_accumulation_steps)
 
     @torch.no_grad()
     def mean_loss(self, at: Vector, steps: int) -> float:
@@ -172,11 +211,44 @@ class LocalTrainer:
         """
         self._refuse_bare_numbers()
         self._put(at)
-        losses = [
-            float(sum(nll_sum(self.adapter.forward, batch) / batch["window_tokens"] for batch in w))
-            for w in self.windows(steps)
-        ]
-        return math.fsum(losses) / len(losses)
+        losses = torch.tensor([self._mean_nll(window) for window in self._own_windows(steps)])
+        if self.share is not None:
+            losses = losses.to(at.device)
+            self.share.add_up(losses)
+        return math.fsum(losses.tolist()) / len(losses)
+
+    def _mean_nll(self, window: Sequence[Mapping[str, Any]]) -> float:
+        """Return what the rows of some micro-batches add to the mean loss of their window."""
+        parts = (
+            nll_sum(self.adapter.forward, batch) / batch["window_tokens"]
+            for batch in window
+            if "input_ids" in batch
+        )
+        return float(sum(parts))
+
+    def _own_windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Yield this rank's part of each optimizer step, as `windows` does the whole."""
+        return self._placed(self._batches(steps, self.share), self._accumulation())
+
+    def _placed(self, loader: Any, accumulation: int) -> Iterator[list[Mapping[str, Any]]]:
+        device = self.adapter.weights.device
+        batches = (move_data_to_device(batch, device) for batch in loader)
+        while window := list(islice(batches, accumulation)):
+            yield window
+
+    def _accumulation(self) -> int:
+        """Return how many micro-batches of an optimizer step are this rank's."""
+        n_ranks = 1 if self.share is None else self.share.n_ranks
+        return accumulation_of_rank(self.training.gradient_accumulation_steps, n_ranks)
+
+    def _dropout_seed(self) -> int:
+        """Return the turn's seed; of ranks that share it, each has one of its own."""
+        if self.share is None:
+            return self.seed
+        return derive_seed(self.seed, "dropout", self.share.rank)
+
+    def _left_out(self) -> int:
+        return 0 if self.scaling is None else self.scaling.left_out
 
     def _put(self, vector: Vector) -> None:
         self.adapter.write(self.adapter.layout.filled(vector, self.layout))
@@ -200,7 +272,7 @@ class LocalTrainer:
     def _gradients(self, steps: int) -> tuple[PrivateGradient | None, Any, int]:
         """Return what a fit's gradients go through, its batches, and how many make a step."""
         if self.private is None:
-            return None, self._batches(steps), self.training.gradient_accumulation_steps
+            return None, self._batches(steps, self.share), self._accumulation()
         fit, self._fits = self._fits, self._fits + 1
         expected = expected_rows(self.n_examples, self.training.rows_in_step)
         batches = poisson_steps(
@@ -210,6 +282,7 @@ class LocalTrainer:
             batch_size=self.training.per_device_train_batch_size,
             pad_token_id=self.pad_token_id,
             seed=self.private.sampling_seed(fit),
+            **_place(self.share),
         )
         whole = self.adapter.layout
         trained = None if self.layout == whole else whole.where(self.layout)
@@ -223,7 +296,7 @@ class LocalTrainer:
                 hint="leave privacy.record_level out, or choose another method",
             )
 
-    def _batches(self, steps: int) -> Any:
+    def _batches(self, steps: int, share: Share | None = None) -> Any:
         return training_batches(
             self.examples,
             steps=steps,
@@ -232,14 +305,22 @@ class LocalTrainer:
             pad_token_id=self.pad_token_id,
             seed=self.seed,
             group_by_length=self.group_by_length,
+            **_place(share),
         )
 
     def _note(self, module: PersonalizedLM, trainer: L.Trainer) -> None:
-        losses = torch.stack(module.step_losses).tolist() if module.step_losses else []
+        losses = []
+        if module.step_losses:
+            shares = torch.stack(module.step_losses)
+            if self.share is not None:
+                self.share.add_up(shares)
+            losses = shares.tolist()
         self.summary["steps_done"] = self.summary.get("steps_done", 0.0) + trainer.global_step
         if losses:
             self.summary["loss_first"] = losses[0]
             self.summary["loss_last"] = losses[-1]
+        if self.scaling is not None:
+            self.summary.update(self.scaling.summary())
         if module.private is not None and self.private is not None:
             self._account(module.private, self.private)
 
@@ -277,11 +358,29 @@ class _quiet(warnings.catch_warnings):  # noqa: N801
         warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
+def _scaling(adapter: Adapter, before: Mapping[str, float]) -> ScaledGradients | None:
+    """Return what scales the gradients of a float16 backbone, as the last turn has left it."""
+    if not adapter.is_half:
+        return None
+    scale, streak = before.get(SCALE, FIRST_SCALE), int(before.get(STREAK, 0))
+    return ScaledGradients(adapter.weights.device.type, scale, streak)
+
+
+def _place(share: Share | None) -> dict[str, int]:
+    """Return by which names loaders know a rank's share; none for all rows."""
+    return {} if share is None else {"rank": share.rank, "n_ranks": share.n_ranks}
+
+
 def _trainer(
-    device: torch.device, accumulation: int, steps: int, callbacks: list[L.Callback]
+    device: torch.device,
+    accumulation: int,
+    steps: int,
+    callbacks: list[L.Callback],
+    scaling: ScaledGradients | None,
 ) -> L.Trainer:
     return L.Trainer(
         strategy=SingleDeviceStrategy(device=device),
+        plugins=None if scaling is None else [scaling],
         accelerator="cuda" if device.type == "cuda" else device.type,
         devices=1,
         max_epochs=1,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pfl_lm.model.adapter import Adapter
     from pfl_lm.privacy.dpsgd import PrivateGradient
     from pfl_lm.recipe import TrainingOptions
+    from pfl_lm.train.share import Share
 
 
 @dataclass(slots=True)
@@ -52,9 +53,12 @@ class PersonalizedLM(L.LightningModule):
         moments: AdamW's moments to go on from, updated in place; None starts from zero.
         private: what every gradient goes through before anything sees it; None leaves them as
             they are. With it a batch is a whole step of `poisson_steps`.
+        share: which part of every optimizer step is this rank's; None if all of it is. The
+            gradient is then added up over the ranks once a step, before anything sees it.
 
     Attributes:
         step_losses: one scalar tensor an optimizer step, nats a supervised token; none if private.
+            With a share, what this rank's rows add to it.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class PersonalizedLM(L.LightningModule):
         training: TrainingOptions,
         moments: Moments | None = None,
         private: PrivateGradient | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -70,36 +75,47 @@ class PersonalizedLM(L.LightningModule):
         self.training_options = training
         self.moments = moments
         self.private = private
+        self.share = share
         self.step_losses: list[Tensor] = []
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch, scaled so that accumulation and ranks cancel out.
+        """Return the loss of one micro-batch, scaled so that accumulation cancels out.
 
-        Lightning divides by the number of accumulated micro-batches and DDP by the ranks; what is
-        left is the window's summed nll over the window's supervised tokens.
+        Lightning divides by the number of accumulated micro-batches; what is left is the window's
+        summed nll over the window's supervised tokens, and with a share, this rank's part of it.
 
         A private step goes backward here, row by row, and returns a loss without a gradient.
         """
         if self.private is not None:
             return self._private_step(self.private, batch)
-        accumulation = self.training_options.gradient_accumulation_steps
-        nll = nll_sum(self.adapter.forward, batch)
+        accumulation: int = self.trainer.accumulate_grad_batches
+        nll = nll_sum(self.adapter.forward, batch) if "input_ids" in batch else self._nothing()
         self._count(nll.detach() / batch["window_tokens"], first=batch_idx % accumulation == 0)
         window_tokens: int = batch["window_tokens"]
-        return nll * accumulation * self.trainer.world_size / window_tokens
+        return nll * accumulation / window_tokens
 
     @override
     def on_after_backward(self) -> None:
-        """Put a private step's gradient in the place of the one that went backward."""
+        """Once a step, make the gradient the whole step's: all ranks' parts, and private if so."""
+        if self.share is not None and self._window_is_over():
+            self.share.add_up(self.adapter.grads if self.private is None else self.private.total)
         if self.private is not None:
             self.private.release()
+
+    def _window_is_over(self) -> bool:
+        accumulation: int = self.trainer.accumulate_grad_batches
+        return (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % accumulation == 0
 
     def _private_step(self, private: PrivateGradient, step: Mapping[str, Any]) -> Tensor:
         for batch in step["micro_batches"]:
             private.add(mean_nll_by_row(self.adapter.forward, batch))
+        return self._nothing()
+
+    def _nothing(self) -> Tensor:
+        """Return a loss of zero whose gradient is zero: Lightning wants to go backward."""
         trained: Tensor = next(each for each in self.personal if each.requires_grad)
-        return trained.sum() * 0.0  # Lightning wants something to go backward from
+        return trained.sum() * 0.0
 
     @override
     def configure_optimizers(self) -> Optimizer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from tests.benchmarks.measure import Times, arguments, now, show, table
 
 if TYPE_CHECKING:
     from pfl_lm.federation.ledger import Ledger
-    from pfl_lm.federation.messages import Assignment, Update
+    from pfl_lm.federation.messages import Assignment, Kind, Update
     from pfl_lm.federation.rounds import Orchestrator
     from pfl_lm.federation.store import Store
     from pfl_lm.federation.watch import Watch
@@ -41,7 +41,10 @@ class Echo:
         self.store = store
         self.start = start
 
-    def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
+    def order(self, kind: Kind, clients: Sequence[str]) -> list[str]:
+        return list(clients)
+
+    def run(self, tasks: Iterable[Assignment]) -> Generator[Update]:
         for task in tasks:
             yield self._carry_out(task)
 

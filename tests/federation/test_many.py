@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import active_count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pfl_lm.errors import DataError, LostRankError
+from pfl_lm.federation.fleet import ranks
+from pfl_lm.federation.fleet.links import Links
 from pfl_lm.federation.fleet.ranks import RankFleet
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Assignment, Update
@@ -113,26 +119,82 @@ def test_what_clients_are_sent_is_not_kept_once_they_have_answered(tmp_path: Pat
 
 
 def test_ranks_are_given_their_tasks_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, done = [0], [0]
+    """A few are asked for ahead, so that nobody waits for rank 0 to be done with its own."""
+    given, done, by_rank = [0], [0], Counter[int]()
 
     def tasks() -> Iterator[Assignment]:
         for i in range(FEW):
             given[0] += 1
-            assert given[0] - done[0] <= 3
             sent = Broadcast({"global_weights": START})
             yield Assignment("tiny", 1, f"client-{i}", "train", sent, None, 1, 0)
 
-    def together(self: RankFleet, wave: Any) -> Iterable[Update]:
-        return [Update(run="tiny", round=1, client=task.client) for task in wave.tasks]
+    class Near(Links):
+        """Ranks that answer at once."""
 
-    monkeypatch.setattr(RankFleet, "_together", together)
-    monkeypatch.setattr(RankFleet, "_count", lambda self, update: None)
-    side: Any = SimpleNamespace(training=None, start=START)
-    accelerator: Any = SimpleNamespace(num_processes=3)
-    for i, update in enumerate(RankFleet(side, accelerator).run(tasks())):
-        assert update.client == f"client-{i}"
-        done[0] += 1
+        def send(self, message: Any, to: int) -> None:
+            sent_to[to] = message.task
+
+        def receive(self, sender: int) -> Update:
+            by_rank[sender] += 1
+            return carried(sent_to[sender])
+
+    def carried(task: Assignment) -> Update:
+        time.sleep(0.001)
+        return Update(run="tiny", round=1, client=task.client)
+
+    sent_to: dict[int, Assignment] = {}
+    monkeypatch.setattr(ranks, "expected_work", lambda side, kind, client: 1.0)
+    watch = Watch()
+    side: Any = SimpleNamespace(training=None, start=START, carry_out=carried, watch=watch)
+    fleet = RankFleet(side, Near(0, 3, None, None, None))
+    with closing(fleet.run(tasks())) as updates:
+        for i, update in enumerate(updates):
+            assert update.client == f"client-{i}"
+            done[0] += 1
+            assert given[0] - done[0] <= 12
     assert done == [FEW]
+    assert 10 < by_rank[1] < 25
+    assert 10 < by_rank[2] < 25
+
+
+@pytest.mark.parametrize("spoiled", ["consumer", "rank 2", "lost"])
+def test_ranks_are_let_go_whatever_goes_wrong(
+    monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    """No attendant is left behind, and no rank is given more."""
+
+    class Near(Links):
+        def send(self, message: Any, to: int) -> None:
+            asked.append(message.task.client)
+
+        def receive(self, sender: int) -> Any:
+            if sender == 2 and spoiled == "lost":
+                raise LostRankError("gone")
+            if sender == 2 and spoiled == "rank 2":
+                return DataError("no rows")
+            return Update(run="tiny", round=1, client="")
+
+    asked: list[str] = []
+    monkeypatch.setattr(ranks, "expected_work", lambda side, kind, client: 1.0)
+    plain = Update(run="tiny", round=1, client="")
+    side: Any = SimpleNamespace(
+        training=None, start=START, carry_out=lambda task: plain, watch=Watch()
+    )
+    fleet = RankFleet(side, Near(0, 3, None, None, None))
+    sent = Broadcast({"global_weights": START})
+    tasks = (Assignment("tiny", 1, f"{i}", "train", sent, None, 1, 0) for i in range(10**6))
+    before = active_count()
+
+    def take() -> None:
+        with closing(fleet.run(tasks)) as updates:
+            for i, _ in enumerate(updates):
+                if spoiled == "consumer" and i == 10:
+                    raise ZeroDivisionError
+
+    with pytest.raises((DataError, LostRankError, ZeroDivisionError)):
+        take()
+    assert active_count() == before
+    assert len(asked) < 10**5
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ def end_of(process: subprocess.Popen[str]) -> Ended:
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    lines = [line for line in err.splitlines() if "ProcessGroup" not in line]
+    noise = ("ProcessGroup", "kernels-community")  # of PyTorch, and of what PEFT imports
+    lines = [line for line in err.splitlines() if not any(each in line for each in noise)]
     return process.returncode, out, "\n".join(lines)
 
 
@@ -110,15 +111,15 @@ def ranks(place: Path) -> list[Ended]:
     well = [str(recipe(place, f"two-{name}", **how)) for name, how in RECIPES.items()]
     failing = str(recipe(place, "failing"))
     faulty = str(recipe(place, "two-faulty"))
-    spoiled = ("--faulty", "bob", faulty, "--failing", "bob", failing)
+    spoiled = ("--faulty", "carol", faulty, "--failing", "alice", failing)
     started = by_hand(*RUNS, *well, *spoiled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pfl_lm.federation.noise.secrets.randbits", same_secret)
         for name, how in RECIPES.items():
             finetune(load_recipe(recipe(place, f"one-{name}", **how)))
         patch.setattr(ClientSide, "_train", ClientSide._train)  # to be put back
-        patch.setenv("RANK", "1")  # whose turn bob's is there
-        rank_runs.spoil("--faulty", "bob")
+        patch.setenv("RANK", "1")  # whose turn carol's is there, the second longest
+        rank_runs.spoil("--faulty", "carol")
         finetune(load_recipe(recipe(place, "one-faulty")))
     return [end_of(process) for process in started]
 
@@ -139,18 +140,19 @@ def test_two_ranks_leave_the_same_bytes_as_one_process(
 
 def test_a_turn_that_fails_on_rank_1_is_left_out(ranks: list[Ended], place: Path) -> None:
     facts = [facts_in(place / f"{n}-faulty" / "runs" / "tiny") for n in ("one", "two")]
-    # On two ranks bob's second try is alone in its wave, on rank 0.
+    # On two ranks carol's second try is the only task, on rank 0.
     assert [row[:4] for row in facts[1]["faults"]] == [row[:4] for row in facts[0]["faults"]]
-    assert {row[1] for row in facts[1]["turns"]} == {"alice", "carol"}
+    assert {row[1] for row in facts[1]["turns"]} == {"alice", "bob"}
 
 
 def test_a_clients_failure_on_rank_1_ends_both(ranks: list[Ended], place: Path) -> None:
     (code, _, said), (other_code, _, other_said) = ranks
     assert (code, other_code) == (2, 2)
-    assert said == "client 'bob' on rank 1\n  hint: lower it"
+    assert said == "client 'alice' on rank 1\n  hint: lower it"
     assert other_said == ""
     metrics = (place / "failing" / "runs" / "tiny" / "metrics.csv").read_text()
-    assert {line.split(",")[0] for line in metrics.splitlines()[1:]} == {"0"}
+    later = [line for line in metrics.splitlines()[1:] if not line.startswith("0,")]
+    assert [line.split(",")[:2] for line in later] == [["1", "bob"]]  # rank 0 was done with him
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_torchrun_starts_them(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other(place: Path) -> None:
-    started = by_hand(*RUNS, "--dying", "bob", str(recipe(place, "dying")))
+    started = by_hand(*RUNS, "--dying", "carol", str(recipe(place, "dying")))
     (code, _, said), (other_code, _, _) = map(end_of, started)
     assert (code, other_code) == (2, -9)
     assert said == (

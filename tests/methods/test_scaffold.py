@@ -175,6 +175,32 @@ def test_when_clients_join_the_sum_is_of_more() -> None:
     assert after.scalars == {"n_clients": 4.0}
 
 
+def test_steps_that_were_left_out_are_none_of_the_t() -> None:
+    """Of two steps one overflowed: as a turn of one. Of one, none is left: nothing moves."""
+    method = method_of()
+    server = ServerState(
+        {"global_weights": torch.ones(2), "control": torch.full((2,), 2.0)}, {"n_clients": 3.0}
+    )
+    client = ClientState({"weights": torch.zeros(2), "control": torch.full((2,), -1.0)})
+    sent = method.broadcast(server, "")
+    run = Quadratic(1.0, 0.0, 1)
+    alone = method.turn(sent, client, run)
+    run.train = Quadratic(1.0, 0.0, 1).train  # type: ignore[method-assign]
+    run.steps, run.summary["skipped_steps"] = 2, 1.0
+    upload, kept = method.turn(sent, client, run)
+    assert upload.scalars == alone[0].scalars == {"steps": 1.0}
+    assert torch.equal(kept.vectors["control"], alone[1].vectors["control"])
+
+    still = Quadratic(1.0, 0.0, 0)
+    still.steps, still.summary["skipped_steps"] = 1, 1.0
+    still.train = lambda start, **how: start.clone()  # type: ignore[method-assign]
+    upload, kept = method.turn(sent, client, still)
+    assert upload.scalars == {"steps": 0.0}
+    assert torch.equal(kept.vectors["control"], client.vectors["control"])
+    after = method.aggregate(server, [upload], 1)
+    assert torch.equal(after.vectors["control"], server.vectors["control"])
+
+
 @pytest.mark.parametrize("claimed", [0.0, -3.0, 1e-30])
 def test_nobody_has_taken_less_than_a_step(claimed: float) -> None:
     """A client that says so cannot blow c up for everybody."""

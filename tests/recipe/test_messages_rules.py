@@ -92,7 +92,7 @@ RULES = [
     (["method.preset=papper"], "hard_correction, no_realignment, sgd, got 'papper'"),
     (
         ["runtime.parallel=both"],
-        "must be one of auto, clients, got 'both'",
+        "must be one of auto, clients, data, got 'both'",
     ),
 ]
 

@@ -105,6 +105,12 @@ def test_client_level_and_both(tmp_path: Path) -> None:
             "looked at inside of the layers, and a compiled one shows nothing; leave it out",
         ),
         (
+            [RECORD, "backbone.dtype=float16"],
+            "override backbone.dtype=float16: float16 has gradients scaled and steps left out by "
+            "what the rows' gradients are, which `privacy.record_level` does not account for; use "
+            "`bfloat16` or `float32`",
+        ),
+        (
             [CLIENT, UNIFORM, "training.learning_rate=auto"],
             "override training.learning_rate=auto: auto looks at clients' gradients and losses, "
             "which `privacy.client_level` does not cover; give a number",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from typing import Protocol
 
 from pfl_lm.federation.client import ClientSide
-from pfl_lm.federation.messages import Assignment, Update
+from pfl_lm.federation.messages import Assignment, Kind, Update
 
 
 class Fleet(Protocol):
-    """Where clients run. Updates may come in any order; each as soon as its task is done."""
+    """Where clients run. Updates come in the order of the tasks."""
 
-    def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
+    def order(self, kind: Kind, clients: Sequence[str]) -> list[str]:
+        """Return clients in the order in which their tasks had best come."""
+        ...
+
+    def run(self, tasks: Iterable[Assignment]) -> Generator[Update]:
         """Carry the tasks out, each asked for when it can begin: there may be very many."""
         ...
 
@@ -23,7 +27,11 @@ class SerialFleet:
     def __init__(self, side: ClientSide) -> None:
         self.side = side
 
-    def run(self, tasks: Iterable[Assignment]) -> Iterator[Update]:
+    def order(self, kind: Kind, clients: Sequence[str]) -> list[str]:
+        """Leave them as they are."""
+        return list(clients)
+
+    def run(self, tasks: Iterable[Assignment]) -> Generator[Update]:
         """Carry the tasks out one by one; a task begins when the update before it was taken."""
         for task in tasks:
             yield self.side.carry_out(task)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from pfl_lm.errors import DismissedError, LostRankError, PflError
+from pfl_lm.errors import DismissedError, PflError
+from pfl_lm.federation.fleet.links import PATIENCE, connected
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import RuntimeOptions
@@ -25,8 +25,6 @@ _TWO_RANKS = (
     "torchrun --nproc-per-node 2 -m pfl_lm finetune RECIPE "
     "(on CPUs with ACCELERATE_USE_CPU=true before it)"
 )
-_PATIENCE = timedelta(days=7)
-"""How long a rank waits for another one's client: turns may differ by as much as clients do."""
 
 
 def join_ranks(runtime: RuntimeOptions) -> Accelerator:
@@ -35,11 +33,11 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
     Raises:
         PflError: ranks were asked for, and there is one process.
     """
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-    if accelerator.num_processes == 1 and runtime.parallel == "clients":
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    if accelerator.num_processes == 1 and runtime.parallel != "auto":
         raise PflError(
-            f"runtime.parallel: clients needs several processes, and this is the only one"
-            f"{_launched()}",
+            f"runtime.parallel: {runtime.parallel} needs several processes, and this is the only "
+            f"one{_launched()}",
             hint=f"start it with  {_TWO_RANKS}",
         )
     if accelerator.num_processes > 1:
@@ -78,22 +76,6 @@ def rank_0_first(accelerator: Accelerator, prepare: Callable[[], Made]) -> Made:
         if faults:
             raise (fault or faults[0]) if main else DismissedError("rank 0 says why")
     return made[0]
-
-
-@contextmanager
-def connected() -> Iterator[None]:
-    """Talk to other ranks in the body; one that has ended in the meantime is no bug of this one.
-
-    Raises:
-        LostRankError: the connection is gone.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostRankError(
-            "another rank has ended before its time",
-            hint="it has said why; if it said nothing it was killed, as for want of memory",
-        ) from error
 
 
 def lone_launch() -> str | None:
