@@ -136,8 +136,8 @@ def uncovered(
         )
     if privacy.record_level is not None and backbone.dtype == "float16":
         return broken(
-            "float16 has gradients scaled and steps left out by what the rows' gradients are, which "
-            "`privacy.record_level` does not account for; use `bfloat16` or `float32`",
+            "float16 has gradients scaled and steps left out by what the rows' gradients are, "
+            "which `privacy.record_level` does not account for; use `bfloat16` or `float32`",
             *("backbone", "dtype"),
         )
     if lever is not None and training.rate_is_auto:

@@ -23,8 +23,8 @@ def update(client: str) -> Update:
     return Update(run="tiny", round=1, client=client)
 
 
-def desk_with(n_ranks: int, *works: float) -> Desk:
-    desk = Desk(n_ranks)
+def desk_with(n_ranks: int, *works: float, **had: int) -> Desk:
+    desk = Desk(n_ranks, {client.removeprefix("c"): rank for client, rank in had.items()})
     for i, work in enumerate(works):
         desk.bring(task(str(i)), work)
     return desk
@@ -37,11 +37,27 @@ def took(handed: Handed | None) -> int:
 
 def test_the_first_tasks_are_each_ranks_own_and_then_who_is_free_takes_the_next() -> None:
     desk = desk_with(3, *[1.0] * 6)
+    desk.deal()
     assert took(desk.take(2)) == 2
     assert [took(desk.take(0)), took(desk.take(0)), took(desk.wait_for(2))] == [0, 3, 4]
     assert took(desk.take(1)) == 1
     assert took(desk.take(1)) == 5
     assert desk.take(0) is None
+
+
+def test_a_rank_is_given_a_client_it_has_had_if_that_is_next_in_line() -> None:
+    desk = desk_with(2, *[1.0] * 6, c0=1, c3=0, c5=1)
+    desk.deal()
+    assert [took(desk.take(0)), took(desk.take(1))] == [1, 0]
+    assert took(desk.take(0)) == 3  # 2 and 3 are next
+    assert took(desk.take(1)) == 2  # 5 would be its own, and is not next
+    assert [took(desk.take(1)), took(desk.take(0))] == [5, 4]
+
+
+def test_two_clients_of_one_rank_begin_on_two() -> None:
+    desk = desk_with(3, *[1.0] * 3, c1=2, c2=2)
+    desk.deal()
+    assert [took(desk.take(rank)) for rank in range(3)] == [2, 0, 1]
 
 
 def test_outcomes_leave_in_the_order_of_the_tasks() -> None:

@@ -220,8 +220,8 @@ def test_ranks_that_hold_different_numbers_end(failing: list[Ended], place: Path
     (code, out, said), (other_code, _, other_said) = failing
     assert (code, other_code) == (2, 2)
     assert said == (
-        "client 'bob': after a turn that ranks took together they hold different numbers, as unlike "
-        "processors may compute them\n"
+        "client 'bob': after a turn that ranks took together they hold different numbers, as "
+        "unlike processors may compute them\n"
         "  hint: run on machines that are alike, or write runtime.parallel: clients"
     )
     assert other_said == ""

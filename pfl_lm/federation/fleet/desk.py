@@ -1,12 +1,13 @@
 """Where tasks wait for a free rank, and what came of them for its turn to be counted.
 
 Tasks are handed out in their order, each to whoever is free first; outcomes leave in that order
-too, whichever rank is faster, so that nothing that is written depends on how fast ranks are.
+too, whichever rank is faster, so that nothing that is written depends on how fast ranks are. A rank
+that has had a client before still remembers its rows, so of the tasks that are next in line it is
+given that client's.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from threading import Condition
 from typing import NamedTuple
 
@@ -28,15 +29,18 @@ class Handed(NamedTuple):
 class Desk:
     """Shared by rank 0, which brings tasks and takes outcomes, and those who attend to other ranks.
 
-    The first task of each rank is the one of its own number, if there is one.
+    Args:
+        n_ranks: how many there are.
+        had: which rank has had each client last; kept up to date.
     """
 
-    def __init__(self, n_ranks: int) -> None:
+    def __init__(self, n_ranks: int, had: dict[str, int] | None = None) -> None:
+        self._n_ranks = n_ranks
+        self._had = {} if had is None else had
         self._changed = Condition()
         self._first: dict[int, Handed] = {}
-        self._waiting: deque[Handed] = deque()
+        self._waiting: list[Handed] = []
         self._outcomes: dict[int, tuple[int, Outcome]] = {}
-        self._n_ranks = n_ranks
         self._brought = self._left = 0
         self._closed = False
         self._failed: tuple[int, Outcome] | None = None
@@ -46,21 +50,26 @@ class Desk:
     def is_full(self) -> bool:
         """Whether there is enough for the others while rank 0 does the first task that waits."""
         with self._changed:
-            waiting = [*self._first.values(), *self._waiting]
-            works = [handed.work for handed in waiting]
+            works = [handed.work for handed in self._waiting]
             n = self._n_ranks
             return self._closed or (len(works) > n and sum(works) >= 1.5 * n * works[0])
 
     def bring(self, task: Assignment, work: float) -> None:
         """Put a task behind those that wait."""
         with self._changed:
-            handed = Handed(self._brought, task, work)
-            if handed.number < self._n_ranks:
-                self._first[handed.number] = handed
-            else:
-                self._waiting.append(handed)
+            self._waiting.append(Handed(self._brought, task, work))
             self._brought += 1
             self._changed.notify_all()
+
+    def deal(self) -> None:
+        """Lay the first tasks out, one for each rank, so that chance does not say who begins."""
+        with self._changed:
+            first = self._waiting[: self._n_ranks]
+            del self._waiting[: self._n_ranks]
+            free = list(range(self._n_ranks))
+            for handed in sorted(first, key=lambda each: each.task.client not in self._had):
+                before = self._had.get(handed.task.client, 0)
+                self._first[free.pop(free.index(before) if before in free else 0)] = handed
 
     def take(self, rank: int) -> Handed | None:
         """Return the next task for a rank; None if nothing waits."""
@@ -119,6 +128,12 @@ class Desk:
     def _next(self, rank: int) -> Handed | None:
         if self._closed:
             return None
-        if rank in self._first:
-            return self._first.pop(rank)
-        return self._waiting.popleft() if self._waiting else None
+        handed = self._first.pop(rank, None)
+        if handed is None and self._waiting:
+            near = self._waiting[: self._n_ranks]
+            own = [each for each in near if self._had.get(each.task.client) == rank]
+            handed = (own or near)[0]
+            self._waiting.remove(handed)
+        if handed is not None:
+            self._had[handed.task.client] = rank
+        return handed

@@ -13,6 +13,9 @@ ledger, all other files and the display are rank 0's.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -34,6 +37,7 @@ from pfl_lm.layout import Vector
 from pfl_lm.recipe import TrainingOptions
 
 _CPU = torch.device("cpu")  # what travels between ranks travels from memory to memory
+_INTERRUPTED = 130  # the exit code of a process that was asked to stop
 
 
 class RankError(RuntimeError):
@@ -69,6 +73,7 @@ class RankFleet:
         self.side = side
         self.links = links
         self.together = together
+        self._had: dict[str, int] = {}  # which rank still remembers a client's rows
 
     def order(self, kind: Kind, clients: Sequence[str]) -> list[str]:
         """Return clients in the order in which their tasks should come: the longest first."""
@@ -108,16 +113,17 @@ class RankFleet:
             yield self._update(settled(outcomes))
 
     def _spread(self, tasks: Iterable[Assignment]) -> Generator[Update]:
-        desk = Desk(self.links.n_ranks)
+        desk = Desk(self.links.n_ranks, self._had)
         attending = [
             Thread(target=self._attend, args=(desk, rank), daemon=True)
             for rank in self.links.others
         ]
         coming = iter(tasks)
+        self._bring(desk, coming)
+        desk.deal()
+        for thread in attending:
+            thread.start()
         try:
-            self._bring(desk, coming)
-            for thread in attending:
-                thread.start()
             own = desk.take(0)
             while own is not None:
                 desk.answer(0, own, carried_out(self.side, own.task))
@@ -131,6 +137,9 @@ class RankFleet:
             desk.close()
             for thread in attending:  # each rank's last task is still under way
                 thread.join()
+            raise
+        except BaseException:  # asked to stop, now
+            atexit.register(_end_at_once, attending)
             raise
         finally:
             desk.close()
@@ -176,6 +185,14 @@ class RankFleet:
         )
         if rows:
             self.side.watch.rows(rows)
+
+
+def _end_at_once(attending: Sequence[Thread]) -> None:
+    """End the process while a thread still waits for a rank: Python's own end would abort it."""
+    if any(thread.is_alive() for thread in attending):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_INTERRUPTED)
 
 
 @contextmanager
