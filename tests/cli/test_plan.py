@@ -46,6 +46,8 @@ def test_a_plan_says_what_a_run_would_be(plan: str, tmp_path: Path) -> None:
     )
     assert "traffic 43 kB up and 43 kB down a round, 3 of 3 clients" in lines
     assert "work 18 optimizer steps in all" in lines
+    ranks = "up to 3 ranks would take clients of their own, more than 3 ranks would share each"
+    assert f"ranks {ranks} client's turn" in lines
     assert any(line.startswith("memory about ") for line in lines)
     assert "clients/carol/state-3.safetensors" in lines
     assert lines[-1] == (

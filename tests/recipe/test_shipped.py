@@ -60,3 +60,13 @@ def test_presidents_and_the_quickstart_share_a_backbone_and_the_form_of_the_adap
     assert presidents.backbone == quickstart.backbone
     assert presidents.adapter == quickstart.adapter
     assert presidents.data.max_length == quickstart.data.max_length == 128
+
+
+def test_the_recipe_for_several_gpus_has_fewer_clients_a_round_than_the_ranks_it_names() -> None:
+    recipe = named("multi-gpu.yaml")
+
+    assert recipe.runtime.parallel == "auto"
+    assert recipe.federation.clients_per_round == 2
+    [path] = [path for path in RECIPES if path.name == "multi-gpu.yaml"]
+    assert "--nproc-per-node 4" in path.read_text()
+    assert recipe.training.rows_in_step == 16
