@@ -34,6 +34,9 @@ HARMLESS = frozenset(
 )
 """Keys in which a recipe may differ from its run's: they leave every number of it alone.
 
+Save for last digits: those of ``runtime.threads``, and of ``runtime.parallel`` where ranks share
+turns, which is then said.
+
 The rows behind ``data.path`` are compared by themselves; more rounds extend the run.
 """
 

@@ -25,7 +25,7 @@ from pfl_lm.privacy.spent import expected_rows, noted
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
-from pfl_lm.train.scaling import FIRST_SCALE, SCALE, STREAK, ScaledGradients
+from pfl_lm.train.scaling import FIRST_SCALE, ScaledGradients, scaling_for
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
@@ -99,7 +99,7 @@ class LocalTrainer:
         self.diagnostics = diagnostics
         self.layout = layout or adapter.layout
         self.share = share
-        self.scaling = _scaling(adapter, before or {}) if private is None else None
+        self.scaling = None if private is not None else scaling_for(adapter, before or {})
         self.n_examples = len(examples)
         self.learning_rate = training.learning_rate
         self.n_tokens = sum(example.n_supervised for example in examples)
@@ -356,14 +356,6 @@ class _quiet(warnings.catch_warnings):  # noqa: N801
     def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-
-
-def _scaling(adapter: Adapter, before: Mapping[str, float]) -> ScaledGradients | None:
-    """Return what scales the gradients of a float16 backbone, as the last turn has left it."""
-    if not adapter.is_half:
-        return None
-    scale, streak = before.get(SCALE, FIRST_SCALE), int(before.get(STREAK, 0))
-    return ScaledGradients(adapter.weights.device.type, scale, streak)
 
 
 def _place(share: Share | None) -> dict[str, int]:

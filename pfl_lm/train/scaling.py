@@ -14,18 +14,32 @@ The adapter is float32 throughout: nothing is cast on the way, as autocast would
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from typing_extensions import override
 
+if TYPE_CHECKING:
+    from pfl_lm.model.adapter import Adapter
+
 SCALE, STREAK = "loss_scale", "loss_scale_steps"
 """What a turn's summary calls S, and the steps since it has last changed."""
 
 FIRST_SCALE = 2.0**16
+
+
+def scaling_for(adapter: Adapter, before: Mapping[str, float]) -> ScaledGradients | None:
+    """Return what scales the gradients of an adapter, as a client's last turn has left it.
+
+    ``before`` is that turn's summary; only a float16 backbone has anything to scale.
+    """
+    if not adapter.is_half:
+        return None
+    scale, streak = before.get(SCALE, FIRST_SCALE), int(before.get(STREAK, 0))
+    return ScaledGradients(adapter.weights.device.type, scale, streak)
 
 
 class ScaledGradients(MixedPrecision):

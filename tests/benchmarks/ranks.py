@@ -63,7 +63,7 @@ def run_here(recipe: Path) -> None:
 def timed(*before: str, recipe: Path) -> dict[str, float]:
     """Start a run and return the seconds of its rounds and of all of it."""
     alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, *before, "-m", THIS, "--run", str(recipe)]
+    command = [sys.executable, *before, "-m", THIS, "--of", str(recipe)]
     began = time.perf_counter()
     ended = subprocess.run(
         command, env=os.environ | alone, capture_output=True, text=True, check=False
@@ -208,11 +208,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the tests' two-layer backbone")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--schedule", action="store_true", help="two ranks whose clients sleep")
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sleep", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.run is not None:
-        run_here(given.run)
+    if given.of is not None:
+        run_here(given.of)
     elif given.sleep:
         sleep_here()
     elif given.schedule:

@@ -71,7 +71,7 @@ def test_a_recipe_that_is_not_there() -> None:
     assert result.exit_code == 2
     assert "no recipe 'quikstart' comes with pfl-lm" in result.stderr
     assert "did you mean quickstart?" in result.stderr
-    assert "there are compare, presidents, quickstart" in run("copy", "xyz").stderr
+    assert "there are compare, multi-gpu, presidents, quickstart" in run("copy", "xyz").stderr
 
 
 def test_an_installation_without_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pfl_lm.train import GradientShift, LocalTrainer, Moments, ProximalTerm
-from pfl_lm.train.local import _scaling
+from pfl_lm.train.scaling import scaling_for
 from tests.train.parts import Recorder, mechanisms, offset_of, turn_of
 from tests.world import World, make_world
 
@@ -144,7 +144,7 @@ def test_real_overflow_finds_its_scale(half: World) -> None:
 
 def scaled(world: World, before: dict[str, float], steps: int = 1) -> LocalTrainer:
     run = world.trainer(steps=steps, learning_rate=0.01)
-    run.scaling = _scaling(world.adapter, before)
+    run.scaling = scaling_for(world.adapter, before)
     return run
 
 

@@ -1,6 +1,6 @@
 """How ranks talk: messages from one to another, and numbers that all of them add up.
 
-    messages   pickled, from memory to memory; a rank may wait for one as long as turns take
+    messages   whole objects, from memory to memory; a rank may wait for one as long as turns take
     sums       on the ranks' own devices, by what these are best reduced with
     signals    one number each, from memory to memory, before every sum: is everybody still at it?
 

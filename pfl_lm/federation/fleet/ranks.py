@@ -133,16 +133,15 @@ class RankFleet:
                 own = desk.take(0)
             while (found := desk.collect(wait=True)) is not None:
                 yield self._counted(*found)
-        except (Exception, GeneratorExit):
+        except BaseException as error:
             desk.close()
-            for thread in attending:  # each rank's last task is still under way
-                thread.join()
+            if isinstance(error, Exception | GeneratorExit):
+                _wait_for(attending)  # each rank's last task is still under way
+            else:  # asked to stop, now
+                atexit.register(_end_at_once, attending)
             raise
-        except BaseException:  # asked to stop, now
-            atexit.register(_end_at_once, attending)
-            raise
-        finally:
-            desk.close()
+        desk.close()
+        _wait_for(attending)
 
     def _bring(self, desk: Desk, coming: Iterator[Assignment]) -> None:
         """Bring tasks until the other ranks have enough to do while this one does its next."""
@@ -185,6 +184,11 @@ class RankFleet:
         )
         if rows:
             self.side.watch.rows(rows)
+
+
+def _wait_for(attending: Sequence[Thread]) -> None:
+    for thread in attending:
+        thread.join()
 
 
 def _end_at_once(attending: Sequence[Thread]) -> None:
