@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from pfl_lm.data.batches import Rows
 from pfl_lm.layout import Entry
+from pfl_lm.model.forward import replace_forward
 from pfl_lm.model.states import Row, TrunkStates
 
 
@@ -39,16 +41,16 @@ class Trunk:
         self.model = model
         self.depth = depth
         self.states = states
-        self._layers = list(layers)[:depth]
         self._given: Tensor | None = None
         self._making = False
-        for i, layer in enumerate(self._layers):
-            layer.forward = self._through(layer.forward, top=i == depth - 1)
+        *lower, top = list(layers)[:depth]
+        self._restore = [replace_forward(layer, self._through) for layer in lower]
+        self._restore.append(replace_forward(top, partial(self._through, top=True)))
 
     def close(self) -> None:
         """Give the layers their own forward back."""
-        for layer in self._layers:
-            del layer.forward
+        for restore in self._restore:
+            restore()
 
     def get_output_embeddings(self) -> Any:
         """Return the model's head, as the model does."""
@@ -93,7 +95,7 @@ class Trunk:
         finally:
             self._given = None
 
-    def _through(self, forward: Callable[..., Any], *, top: bool) -> Callable[..., Any]:
+    def _through(self, forward: Callable[..., Any], *, top: bool = False) -> Callable[..., Any]:
         def handed_on(*given: Any, **named: Any) -> Any:
             if self._given is not None:
                 return self._given
