@@ -27,7 +27,13 @@ from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.fleet.links import links
 from pfl_lm.federation.fleet.ranks import RankFleet, leading, serve
 from pfl_lm.federation.fleet.serial import Fleet, SerialFleet
-from pfl_lm.federation.fleet.start import join_ranks, lone_launch, rank_0_first, set_threads
+from pfl_lm.federation.fleet.start import (
+    join_ranks,
+    lone_launch,
+    rank_0_first,
+    refuse_spread_over_ranks,
+    set_threads,
+)
 from pfl_lm.federation.history import Member
 from pfl_lm.federation.ledger import Ledger
 from pfl_lm.federation.messages import Split
@@ -112,6 +118,7 @@ def finetune(
         watch.note(advice)
 
     def prepare() -> tuple[Common, Adapter]:
+        refuse_spread_over_ranks(recipe.backbone, accelerator)
         ready = common or load_common(recipe, clients, accelerator.device, watch)
         return ready, Adapter(
             ready.backbone,
@@ -119,6 +126,7 @@ def finetune(
             seed=derive_seed(recipe.seed, "adapter"),
             trunk=None if recipe.runtime.trunk_cache == "off" else ready.trunk,
             compile=recipe.runtime.compile,
+            gradient_checkpointing=recipe.training.gradient_checkpointing,
         )
 
     # one rank converts what has to be converted
@@ -313,6 +321,9 @@ def _sharing(recipe: Recipe, fixed: _Fixed, begun: str | None) -> Sharing:
 
 def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
     """Return what a run notes of itself, to know later whether it is still the same."""
+    packages = ["torch", "transformers", "peft", "lightning"]
+    if recipe.backbone.quantization != "none":
+        packages.append("bitsandbytes")
     return {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -322,7 +333,7 @@ def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "pfl_lm": pfl_lm.__version__,
-        **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
+        **{package: version(package) for package in packages},
     }
 
 

@@ -26,6 +26,7 @@ from pfl_lm.recipe.checks import (
     refuse_many_threads,
     refuse_no_model,
     refuse_no_opacus,
+    refuse_no_quantizer,
     refuse_no_tracker,
 )
 from pfl_lm.recipe.clients import refuse_idle_rules
@@ -91,6 +92,7 @@ def preflight_resume(loaded: LoadedRecipe) -> dict[str, ClientRows]:
     recipe, faults = loaded.recipe, list[PflError]()
     clients = try_to(run_clients, loaded, faults)
     try_to(_find_backbone, recipe.backbone, faults)
+    try_to(refuse_no_quantizer, recipe.backbone, faults)
     try_to(refuse_no_tracker, recipe.runtime, faults)
     try_to(refuse_many_threads, recipe.runtime, faults)
     try_to(refuse_no_opacus, recipe.privacy, faults)
@@ -173,6 +175,7 @@ def _check(parts: Parts) -> tuple[Population | None, list[PflError]]:
     if (found := try_to(_find_backbone, parts.backbone, faults)) and found.is_dir():
         try_to(partial(refuse_misfit, found), parts.adapter, faults)
         _check_own_modules(found, parts, faults)
+    try_to(refuse_no_quantizer, parts.backbone, faults)
     try_to(refuse_occupied, parts.run_folder, faults)
     try_to(refuse_no_tracker, parts.runtime, faults)
     try_to(refuse_many_threads, parts.runtime, faults)

@@ -29,7 +29,7 @@ HARMLESS = frozenset(
     {
         *("data.path", "federation.min_clients", "federation.rounds"),
         *("runtime.output_dir", "runtime.parallel", "runtime.threads", "runtime.tracking"),
-        "runtime.diagnostics",
+        *("runtime.diagnostics", "training.gradient_checkpointing"),
     }
 )
 """Keys in which a recipe may differ from its run's: they leave every number of it alone.

@@ -144,8 +144,8 @@ def load_case(
 
     Raises:
         PflError: the backbone cannot be loaded, a client's rows cannot be learned from, or the
-            recipe asks for private training, which no loop here does, or has rules for some
-            clients.
+            recipe asks for what not every loop here does: private training, a quantized backbone,
+            one on several GPUs, gradient checkpointing, rules for some clients.
     """
     recipe = loaded.recipe
     if recipe.privacy.record_level is not None:
@@ -158,6 +158,7 @@ def load_case(
             "clients: a measurement is of one client like all others",
             hint="leave the rules out for the measurement: clients=[]",
         )
+    _refuse_other_loading(recipe)
     backbone = load_backbone(recipe.backbone, device, say)
     place = find_source(recipe.backbone).place
     dataset = FederatedDataset.build(rows, backbone.tokenizer, *recipe.data.length)
@@ -172,6 +173,21 @@ def load_case(
     with case.adapter(trunk=case.trunk) as adapter:
         remembers = recipe.runtime.trunk_cache != "off" and adapter.forward is not adapter.model
     return case if remembers else replace(case, trunk=None)
+
+
+def _refuse_other_loading(recipe: Recipe) -> None:
+    """Check that the loops beside pfl-lm's, one of which loads the model anew, do the same work."""
+    asked = (
+        ("backbone.quantization", recipe.backbone.quantization != "none", "none"),
+        ("backbone.device_map", recipe.backbone.device_map is not None, "null"),
+        ("training.gradient_checkpointing", recipe.training.gradient_checkpointing, "false"),
+    )
+    for key, is_set, without in asked:
+        if is_set:
+            raise RecipeError(
+                f"{key}: is not measured, the loops beside pfl-lm's do not do it",
+                hint=f"leave it out for the measurement: {key}={without}",
+            )
 
 
 def _middle(dataset: FederatedDataset) -> str:

@@ -99,11 +99,12 @@ def _clients(clients: tuple[ClientPlan, ...]) -> Table:
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield a name and what there is to say, one line each."""
     traffic, disk = plan.traffic, plan.disk
-    dtype = str(plan.dtype).removeprefix("torch.")
+    kept = str(plan.dtype).removeprefix("torch.")
+    if plan.quantization != "none":
+        kept = f"{plan.quantization} and {kept}"
     yield (
         "backbone",
-        f"{plan.parameters:,} parameters, {size(plan.parameters * plan.dtype.itemsize)} "
-        f"as {dtype}, on {plan.device}",
+        f"{plan.parameters:,} parameters, {size(plan.weights)} as {kept}, on {plan.device}",
     )
     yield (
         "adapter",
@@ -158,6 +159,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     working = [
         backbone,
         (memory.vectors, "adapter, optimizer, the method's vectors, a round's uploads"),
+        (memory.unpacked, "its largest quantized matrix, while it is multiplied by"),
         (memory.trunk, "rows below the first adapted layer, remembered"),
         (memory.small, "what the layers keep for the backward pass"),
         (memory.large, "large blocks: copies of the logits, above all"),

@@ -117,7 +117,9 @@ def export_adapters(
 
 
 def _run_facts(recipe: Recipe, side: ClientSide, backbone: Backbone) -> RunFacts:
-    packages = ("torch", "transformers", "peft", "lightning")
+    packages = ["torch", "transformers", "peft", "lightning"]
+    if recipe.backbone.quantization != "none":
+        packages.append("bitsandbytes")
     return RunFacts(
         recipe=recipe,
         base=BaseModel(hub_id(backbone.name), backbone.revision, _dtype(backbone), _prompts(side)),

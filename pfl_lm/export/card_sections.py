@@ -92,7 +92,7 @@ def lineage(run: RunFacts, facts: ClientFacts | None) -> str:
     layers = adapter.layers_to_transform
     modules = ", ".join(f"`{module}`" for module in adapter.target_modules)
     rows = [
-        ("base model", f"{base_name(run.base)}, frozen, {run.base.dtype}{_package(recipe)}"),
+        ("base model", f"{base_name(run.base)}, frozen, {_kept(run)}{_package(recipe)}"),
         ("method", f"{recipe.method.name}, {rounds}"),
         (
             "local training",
@@ -114,6 +114,12 @@ def lineage(run: RunFacts, facts: ClientFacts | None) -> str:
             ("uploaded", f"{size(facts.bytes_up)} of adapter weights, over all rounds"),
         ]
     return table(("", ""), rows)
+
+
+def _kept(run: RunFacts) -> str:
+    quantization = run.recipe.backbone.quantization
+    kept = run.base.dtype
+    return kept if quantization == "none" else f"{quantization} by bitsandbytes and {kept}"
 
 
 def _package(recipe: Recipe) -> str:
@@ -210,6 +216,13 @@ def _limits(run: RunFacts, spent: ClientSpent, *, shared: bool, uploads: bool) -
         "says under which licence the training data may be used."
     )
     backbone = run.recipe.backbone
+    if backbone.quantization != "none":
+        yield (
+            f"It was trained and scored on the base model quantized to {backbone.quantization}; "
+            "the code above loads it in full precision, where losses differ a little. To merge, "
+            "load it so and call `model.merge_and_unload()`: quantized weights would round part of "
+            "the adapter away."
+        )
     if run.base.hub_id is not None and backbone.model_name_or_path != run.base.hub_id:
         yield (
             "It was trained and scored against a copy of the base model, in a package or a folder. "

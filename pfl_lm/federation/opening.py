@@ -23,7 +23,7 @@ from pfl_lm.recipe import LoadedRecipe
 
 _MAY_DIFFER = (
     *("device", "threads", "parallel", "pfl_lm", "python"),
-    *("torch", "lightning", "transformers", "peft"),
+    *("torch", "lightning", "transformers", "peft", "bitsandbytes"),
 )
 
 

@@ -11,17 +11,21 @@ looking for its name inside their keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfl_lm.errors import ExportError, ModelError
 from pfl_lm.layout import AdapterLayout, Factor, Vector
 from pfl_lm.model.backbone import Backbone
+from pfl_lm.model.checkpointed import CheckpointedLayers
 from pfl_lm.model.compiled import CompiledLayers
+from pfl_lm.model.forward import replace_forward
 from pfl_lm.model.states import TrunkStates
 from pfl_lm.model.targets import first_few, refuse_unknown_targets
 from pfl_lm.model.trunk import layers_of, trunk_of
@@ -53,11 +57,13 @@ class Adapter:
         seed: int,
         trunk: TrunkStates | None = None,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """Inject a fresh adapter: A random from ``seed``, B zero.
 
         ``trunk`` is where states of rows below the first adapted layer are remembered, if they are.
-        With ``compile``, the layers above it are compiled.
+        With ``compile``, the layers above it are compiled; with ``gradient_checkpointing`` they
+        are run once more in a backward pass, and keep little until then.
 
         Raises:
             ModelError: a target module or a layer does not exist, or layers cannot be compiled.
@@ -71,8 +77,9 @@ class Adapter:
             (module, factor, tuple(parameter.shape))
             for (module, factor), parameter in self._parameters.items()
         )
+        here = backbone.device
         self.weights: Vector = self.layout.join(
-            {f"{m}.{f}": parameter for (m, f), parameter in self._parameters.items()}
+            {f"{m}.{f}": each.to(here) for (m, f), each in self._parameters.items()}
         )
         self.grads: Vector = torch.zeros_like(self.weights)
         for (_, view), parameter in zip(
@@ -80,28 +87,33 @@ class Adapter:
         ):
             parameter.data = view
         self.zero_grad()
+        if backbone.is_spread:
+            _go_to_inputs(self._peft)
         entries = self.layout.entries
         self._trunk = None if trunk is None else trunk_of(self.model, entries, trunk)
         self.forward = self.model if self._trunk is None else self._trunk
+        self._checkpointed: CheckpointedLayers | None = None
         self._compiled: CompiledLayers | None = None
-        if compile:
-            self._compiled = self._compile()
-
-    def _compile(self) -> CompiledLayers:
-        _, layers = layers_of(self.model)
-        first = 0 if self._trunk is None else self._trunk.depth
         try:
-            return CompiledLayers(self.model, None if layers is None else layers[first:])
+            if gradient_checkpointing:
+                self._checkpointed = CheckpointedLayers(self._above())
+            if compile:
+                self._compiled = CompiledLayers(self.model, self._above())
         except ModelError:
             self.close()
             raise
 
+    def _above(self) -> Sequence[nn.Module] | None:
+        """Return the layers that no trunk stands for; None if the model has no one list."""
+        _, layers = layers_of(self.model)
+        first = 0 if self._trunk is None else self._trunk.depth
+        return None if layers is None else list(layers)[first:]
+
     def close(self) -> None:
         """Take the adapter out: the backbone is as it was, ready for another one."""
-        if self._compiled is not None:
-            self._compiled.close()
-        if self._trunk is not None:
-            self._trunk.close()
+        for part in (self._compiled, self._checkpointed, self._trunk):
+            if part is not None:
+                part.close()
         self._peft.unload()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -232,6 +244,23 @@ def _parameters_by_place(peft_model: nn.Module) -> dict[tuple[str, Factor], nn.P
         if place is not None:
             found[place] = parameter
     return found
+
+
+def _go_to_inputs(peft_model: nn.Module) -> None:
+    """Let each factor multiply where its input is, though its numbers stay in the one vector.
+
+    A copy of it goes there in every forward, and its gradient comes back in the backward.
+    """
+    for name, module in peft_model.named_modules():
+        if _place(f"{name}.weight") is not None:
+            replace_forward(module, partial(_beside_input, module))
+
+
+def _beside_input(factor: nn.Linear, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def multiply(inputs: Tensor) -> Tensor:
+        return F.linear(inputs, factor.weight.to(inputs.device))
+
+    return multiply
 
 
 def _place(key: str) -> tuple[str, Factor] | None:

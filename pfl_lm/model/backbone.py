@@ -7,9 +7,10 @@ code that comes with a model is never run.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,19 @@ import torch
 from pfl_lm.errors import ModelError
 from pfl_lm.model.gguf import convert, converted_folder
 from pfl_lm.model.package import gguf_path
+from pfl_lm.model.quantized import (
+    described,
+    keep_as_they_are,
+    quantization_config,
+    refuse_quantized,
+)
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import BackboneOptions
 
+
+# It says on import which kernels it has not got, and at every product of 8 bits that it rounds.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _SAMPLED = 256
 """About how many numbers of each parameter a fingerprint reads."""
@@ -48,15 +58,20 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; of a backbone on several GPUs, where its first ones are."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the frozen weights."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the weights lie on several devices."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
 
     @property
     def pad_token_id(self) -> int:
@@ -68,41 +83,74 @@ class Backbone:
 def load_backbone(
     options: BackboneOptions, device: torch.device, say: Callable[[str], None] = lambda text: None
 ) -> Backbone:
-    """Load the backbone of a recipe onto one device and freeze it.
+    """Load the backbone of a recipe onto its device, quantized if it is to be, and freeze it.
 
-    ``say`` is told what takes long.
+    With ``device_map: auto`` and a GPU it is spread over all GPUs. ``say`` is told what takes long.
 
     Raises:
-        ModelError: it is not there, not a causal language model, or not in safetensors.
+        ModelError: it is not there, not a causal language model, not in safetensors, cannot be
+            quantized, or is too large for the GPUs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    dtype = pick_dtype(options.dtype, device)
+    quantization = quantization_config(options, dtype, device)
+    spread = options.device_map is not None and device.type == "cuda"
+    more: dict[str, Any] = {}
+    if quantization is not None or spread:
+        more = {
+            "quantization_config": quantization,
+            "device_map": options.device_map if spread else {"": device},
+        }
     source = _source(options, say)
     try:
+        refuse_quantized(AutoConfig.from_pretrained(source, revision=options.revision), source)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=options.revision,
-            dtype=pick_dtype(options.dtype, device),
+            dtype=dtype,
             use_safetensors=True,
             attn_implementation=options.attn_implementation,
+            **more,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise not_loaded(source, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False
-    fingerprint = _fingerprint(model)
-    model.eval().to(device)
+    if spread:
+        _refuse_beyond_gpus(model.hf_device_map, source)
+    if quantization is not None:
+        keep_as_they_are(model)
+    fingerprint = _fingerprint(model, described(options, dtype))
+    model.eval()
+    if not more:
+        model.to(device)
     name = options.base_model_id or options.model_name_or_path or str(source)
     return Backbone(model, tokenizer, name, options.revision, fingerprint)
 
 
-def _fingerprint(model: Any) -> str:
-    """Hash every parameter's name, shape and type, and some of its numbers."""
-    made = hashlib.sha256()
+def _refuse_beyond_gpus(device_map: Mapping[str, int | str], source: str | Path) -> None:
+    """Check that Accelerate has found room for all layers on GPUs.
+
+    Raises:
+        ModelError: some would lie in main memory or on disk and be copied to a GPU in every step.
+    """
+    beyond = [name for name, place in device_map.items() if str(place) in ("cpu", "disk", "meta")]
+    if beyond:
+        raise ModelError(
+            f"backbone {source}: does not fit on the GPUs of this machine; {len(beyond)} of its "
+            f"{len(device_map)} parts, from {beyond[0]} on, would not lie on one",
+            hint="backbone.quantization=nf4 takes a quarter of bfloat16's memory; or use more GPUs",
+        )
+
+
+def _fingerprint(model: Any, quantization: str) -> str:
+    """Hash every parameter's name, shape and type, and some of its numbers; and how it computes."""
+    made = hashlib.sha256(quantization.encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         part = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()

@@ -51,8 +51,7 @@ def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tenso
         if len(given) != 1:
             return None
         narrowed = True
-        states: Tensor = given[0]
-        return (states.flatten(0, 1)[positions].unsqueeze(0),)
+        return (_chosen(given[0], positions).unsqueeze(0),)
 
     if head is None:
         logits: Tensor = model(**inputs).logits
@@ -104,7 +103,7 @@ def top_of(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Top | No
     def only_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor] | None:
         if len(given) != 1:
             return None
-        states.append(given[0].flatten(0, 1)[positions])
+        states.append(_chosen(given[0], positions).to(head.weight.device))
         return (states[-1][:1].unsqueeze(0),)
 
     def note(module: nn.Module, given: Any, logits: Tensor) -> None:
@@ -120,6 +119,11 @@ def top_of(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Top | No
         return Top(states[0], head)
     _BENT.add(head)
     return None
+
+
+def _chosen(states: Tensor, positions: Tensor) -> Tensor:
+    """Return the states ``(batch, seq, hidden)`` at some positions, where the states are."""
+    return states.flatten(0, 1)[positions.to(states.device)]
 
 
 def _head(model: Any) -> nn.Linear | None:

@@ -6,7 +6,7 @@ weight is read: the model is built from its configuration on PyTorch's meta devi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,38 +80,74 @@ def load_tokenizer(source: Source, options: BackboneOptions) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A backbone without storage, and the precision in which its weights are stored on disk."""
+    """A backbone without storage.
+
+    Attributes:
+        stored: the precision in which its weights are on disk.
+        weights: bytes that they will take, quantized if they are to be.
+        unpacked: bytes of the largest quantized matrix while it is multiplied by; else 0.
+    """
 
     backbone: Backbone
     stored: torch.dtype
+    weights: int
+    unpacked: int = 0
 
 
-def outline_backbone(source: Source, options: BackboneOptions, dtype: torch.dtype) -> Outline:
-    """Return the backbone a run would load, its parameters on the meta device.
+def outline_backbone(
+    source: Source, options: BackboneOptions, dtype: torch.dtype, device: torch.device
+) -> Outline:
+    """Return the backbone a run would load onto ``device``, its parameters on the meta device.
+
+    They are in full precision, whatever the recipe says of quantization; bytes are not.
 
     Raises:
-        ModelError: it is not there, or is not a causal language model.
+        ModelError: it is not there, is not a causal language model, or cannot be quantized.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pfl_lm.model.backbone import Backbone
+    from pfl_lm.model.quantized import quantization_config, refuse_quantized, to_be_quantized
 
+    quantization = quantization_config(options, dtype, device)
     tokenizer = load_tokenizer(source, options)
     config = source.read(AutoConfig, options)
+    refuse_quantized(config, source.place)
     stored = _stored_dtype(source, config)  # before the model writes its own into it
-    try:
+
+    def build() -> Any:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=options.attn_implementation
             )
+
+    try:
+        model = build()
     except (ValueError, KeyError, ImportError) as error:
         raise _explained(source.place, options, error) from error
     model.requires_grad_(False)
     model.config.use_cache = False
     model.eval()
     name = options.base_model_id or options.model_name_or_path or str(source.place)
-    return Outline(Backbone(model, tokenizer, name, options.revision), stored)
+    names = [] if quantization is None else to_be_quantized(build(), quantization)
+    matrices = [model.get_submodule(name) for name in names]
+    weights, unpacked = _bytes(model, matrices, options)
+    return Outline(Backbone(model, tokenizer, name, options.revision), stored, weights, unpacked)
+
+
+def _bytes(model: Any, quantized: Sequence[Any], options: BackboneOptions) -> tuple[int, int]:
+    """Return the bytes of all weights, and of the largest quantized matrix as it was before."""
+    from pfl_lm.model.quantized import quantized_bytes
+
+    n_bytes = sum(each.numel() * each.dtype.itemsize for each in model.parameters())
+    unpacked = 0
+    for layer in quantized:
+        plain = layer.weight.numel() * layer.weight.dtype.itemsize
+        rows = getattr(layer, "out_features", None) or layer.weight.shape[1]  # a Conv1D's lie down
+        n_bytes += quantized_bytes(options, layer.weight.numel(), rows) - plain
+        unpacked = max(unpacked, plain)
+    return n_bytes, unpacked
 
 
 def _stored_dtype(source: Source, config: Any) -> torch.dtype:

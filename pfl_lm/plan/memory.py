@@ -1,11 +1,11 @@
 """How much memory a run will take at its peak, from what was counted and one measurement.
 
     load      process + weights + file
-    work      process + weights + 5/4 · (vectors + small) + trunk + large
+    work      process + weights + unpacked + 5/4 · (vectors + small) + trunk + large
     peak      the larger of the two
 
 The file of weights is read through a map of its pages. They count while it is converted to another
-precision; where there is nothing to convert, the map itself becomes the weights.
+precision, or quantized; where there is nothing to convert, the map itself becomes the weights.
 
 ``process`` is measured, not guessed: a plan imports what a run imports, and reads the same data.
 To it come some 40 MB of machine code and buffers that only a fit touches.
@@ -40,13 +40,14 @@ class Memory:
 
     Attributes:
         process: Python with everything imported and in use, the tokenizer and the data.
-        weights: the frozen backbone in the precision it is used in.
+        weights: the frozen backbone in the precision it is kept in.
         file: its weights as they are stored, if they are converted while they are read.
         vectors: the adapter, the optimizer's moments, the method's vectors, a round's uploads,
             with what their fragments waste.
         trunk: what rows are below the first adapted layer, if that is remembered.
         blocks: of one training step and one scoring batch.
         on_host: whether the device is this machine's own memory.
+        unpacked: the largest quantized matrix, in the precision it is multiplied in.
     """
 
     process: int
@@ -56,6 +57,7 @@ class Memory:
     trunk: int
     blocks: Rehearsal
     on_host: bool
+    unpacked: int = 0
 
     @property
     def small(self) -> int:
@@ -71,7 +73,8 @@ class Memory:
     @property
     def on_device(self) -> int:
         """The peak of what lies on the device, without the process around it."""
-        return self.weights + self.vectors + self.trunk + self.small + self.large
+        beside = self.vectors + self.trunk + self.small + self.large
+        return self.weights + self.unpacked + beside
 
     @property
     def loading(self) -> int:

@@ -57,6 +57,8 @@ class Plan:
         device: where the backbone would be.
         dtype: the precision of its weights there.
         parameters: how many it has.
+        weights: bytes that they take there.
+        quantization: in which its linear layers are kept, or none.
         layout: of every adapter; of one with room for all, if some are ``smaller``.
         in_round: how many clients train in a round, at least and at most.
         ranks: what several processes would share.
@@ -73,6 +75,8 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     parameters: int
+    weights: int
+    quantization: str
     layout: AdapterLayout
     smaller: bool
     clients: tuple[ClientPlan, ...]
@@ -104,11 +108,16 @@ def make_plan(
     device = accelerator.device
     dtype = pick_dtype(recipe.backbone.dtype, device)
     source = find_source(recipe.backbone, say)
-    outline = outline_backbone(source, recipe.backbone, dtype)
+    outline = outline_backbone(source, recipe.backbone, dtype, device)
     backbone = outline.backbone
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     with torch.device("meta"):
-        adapter = Adapter(backbone, recipe.largest_adapter, seed=0)
+        adapter = Adapter(
+            backbone,
+            recipe.largest_adapter,
+            seed=0,
+            gradient_checkpointing=recipe.training.gradient_checkpointing,
+        )
     n_rows = rows_to_train(rows_by_client)
     dataset = FederatedDataset.build(
         rows_by_client, backbone.tokenizer, *recipe.data.length, recipe.own_lengths(n_rows)
@@ -144,12 +153,14 @@ def make_plan(
     sizes = [len(chosen) for chosen in taking_part]
     blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, say)
     trunk = _trunk(adapter, recipe, dataset)
+    converted = outline.stored != dtype or recipe.backbone.quantization != "none"
     memory = None
     if blocks is not None:
         memory = Memory(
             process=process,
-            weights=parameters * dtype.itemsize,
-            file=0 if outline.stored == dtype else parameters * outline.stored.itemsize,
+            weights=outline.weights,
+            file=parameters * outline.stored.itemsize if converted else 0,
+            unpacked=outline.unpacked,
             vectors=vector_bytes(recipe, layout, traffic, max(sizes)),
             trunk=min(trunk, MOST_BYTES),
             blocks=blocks,
@@ -159,6 +170,8 @@ def make_plan(
         device=device,
         dtype=dtype,
         parameters=parameters,
+        weights=outline.weights,
+        quantization=recipe.backbone.quantization,
         layout=layout,
         smaller=bool(layouts),
         clients=clients,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pfl_lm.errors import ModelError, PflError
 from pfl_lm.recipe.privacy import PrivacyOptions
-from pfl_lm.recipe.sections import RuntimeOptions
+from pfl_lm.recipe.sections import BackboneOptions, RuntimeOptions
 
 _THREADS_A_CORE = 16
 
@@ -45,6 +45,20 @@ def refuse_no_tracker(runtime: RuntimeOptions) -> None:
         raise PflError(
             "runtime.tracking: tensorboard is not installed here",
             hint='pip install "pfl-lm[tracking]"',
+        )
+
+
+def refuse_no_quantizer(backbone: BackboneOptions) -> None:
+    """Check that bitsandbytes is installed if it is to quantize; it is not imported.
+
+    Raises:
+        PflError: it is not.
+    """
+    if backbone.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise PflError(
+            f"backbone.quantization: {backbone.quantization} needs bitsandbytes, which is not "
+            "installed here",
+            hint='pip install "pfl-lm[quantization]"',
         )
 
 

@@ -140,6 +140,12 @@ def uncovered(
             "which `privacy.record_level` does not account for; use `bfloat16` or `float32`",
             *("backbone", "dtype"),
         )
+    if privacy.record_level is not None and training.gradient_checkpointing:
+        return broken(
+            "with `privacy.record_level` each row's gradient is looked at inside of the layers, "
+            "which would run twice; leave it out",
+            *("training", "gradient_checkpointing"),
+        )
     if lever is not None and training.rate_is_auto:
         return broken(
             f"auto looks at clients' gradients and losses, which `privacy.{lever}` does not cover; "

@@ -210,6 +210,40 @@ class Recipe(Options):
             raise wrong
         return self
 
+    @model_validator(mode="after")
+    def _spread_by_one_process(self) -> Self:
+        if self.backbone.device_map is None:
+            return self
+        if self.runtime.parallel == "clients":
+            raise broken(
+                "auto spreads one backbone over all GPUs, and `runtime.parallel: clients` wants "
+                "one for each process; leave one of them out",
+                *("backbone", "device_map"),
+            )
+        if self.runtime.compile:
+            raise broken(
+                "with `backbone.device_map` the layers are called through Accelerate, which moves "
+                "what they are given, and are not compiled; leave it out",
+                *("runtime", "compile"),
+            )
+        if self.privacy.record_level is not None:
+            raise broken(
+                "with `privacy.record_level` each row's gradient is needed on one device; leave "
+                "it out",
+                *("backbone", "device_map"),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_or_run_twice(self) -> Self:
+        if self.runtime.compile and self.training.gradient_checkpointing:
+            raise broken(
+                "a compiled layer cannot be run once more with the same dropout, as "
+                "`training.gradient_checkpointing` needs it; leave one of them out",
+                *("runtime", "compile"),
+            )
+        return self
+
     def own(self, client: str, n_rows: int) -> Own:
         """Return what a client with so many train rows goes by: ``clients``' rules filled in."""
         length = self.data.max_length

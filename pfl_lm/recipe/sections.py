@@ -122,6 +122,23 @@ class BackboneOptions(Options):
         description="What computes attention; not set: PyTorch's own `sdpa`, where the model has "
         "it. `flash_attention_2` is a package of its own, for GPUs.",
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        default="none",
+        description="Keep the linear layers in 4 or 8 bits while clients train, by bitsandbytes "
+        '(`pip install "pfl-lm[quantization]"`); see [quantization](quantization.md).',
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        default=False, description="With `nf4`: quantize the scales of its blocks too."
+    )
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None,
+        description="With `nf4`: the type in which it multiplies; not set: that of `dtype`.",
+    )
+    device_map: Literal["auto"] | None = Field(
+        default=None,
+        description="auto: spread a backbone that is too large for one GPU over all GPUs of this "
+        "machine, by Accelerate; for a single process. On a CPU it changes nothing.",
+    )
     base_model_id: HubId | None = Field(
         default=None, description="Hub id that exported adapters name as their base model."
     )
@@ -138,6 +155,20 @@ class BackboneOptions(Options):
         if self.package is None and self.gguf_file is not None:
             raise broken("goes with `package` only, not with `model_name_or_path`", "gguf_file")
         return self
+
+    @model_validator(mode="after")
+    def _four_bits_only(self) -> Self:
+        if self.quantization == "nf4":
+            return self
+        if self.bnb_4bit_use_double_quant:
+            raise broken(_only_nf4(self.quantization), "bnb_4bit_use_double_quant")
+        if self.bnb_4bit_compute_dtype is not None:
+            raise broken(_only_nf4(self.quantization), "bnb_4bit_compute_dtype")
+        return self
+
+
+def _only_nf4(quantization: str) -> str:
+    return f"goes with `quantization: nf4` only, not with `{quantization}`; leave it out"
 
 
 class AdapterOptions(Options):
@@ -262,6 +293,11 @@ class TrainingOptions(Options):
     )
     per_device_eval_batch_size: int = Field(
         default=8, ge=1, le=MOST, description="Examples in one batch while scoring."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="true: layers keep their input alone and run once more in the backward pass: "
+        "less memory, more time, the same gradients to the bit.",
     )
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ _SYNONYMS = {
     "backbone.model_name_or_path": ("model", "model_name", "base_model", "model_id", "checkpoint"),
     "backbone.gguf_file": ("gguf",),
     "backbone.dtype": ("torch_dtype", "precision"),
+    "backbone.quantization": ("load_in_4bit", "load_in_8bit", "quantize", "bits", "qlora"),
     "clients": ("client_overrides", "overrides", "per_client"),
     "data": ("datasets",),
     "data.path": ("dataset", "file", "data_path", "data_files", "train_file"),
@@ -66,6 +67,7 @@ _SYNONYMS = {
     "training.per_device_train_batch_size": ("batch_size", "train_batch_size", "micro_batch_size"),
     "training.per_device_eval_batch_size": ("eval_batch_size",),
     "training.gradient_accumulation_steps": ("grad_accum", "accumulation", "accumulation_steps"),
+    "training.gradient_checkpointing": ("activation_checkpointing", "grad_checkpointing"),
     "training.optimizer": ("optim", "optimiser"),
 }
 _MEANT = {word: key for key, words in _SYNONYMS.items() for word in words}

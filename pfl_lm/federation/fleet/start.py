@@ -17,7 +17,7 @@ from pfl_lm.errors import DismissedError, PflError
 from pfl_lm.federation.fleet.links import PATIENCE, connected
 
 if TYPE_CHECKING:
-    from pfl_lm.recipe import RuntimeOptions
+    from pfl_lm.recipe import BackboneOptions, RuntimeOptions
 
 Made = TypeVar("Made")
 
@@ -43,6 +43,21 @@ def join_ranks(runtime: RuntimeOptions) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(_leave)
     return accelerator
+
+
+def refuse_spread_over_ranks(backbone: BackboneOptions, accelerator: Accelerator) -> None:
+    """Check that no backbone is spread over GPUs of which each belongs to a process.
+
+    Raises:
+        PflError: it is.
+    """
+    n = accelerator.num_processes
+    if backbone.device_map is not None and n > 1:
+        raise PflError(
+            f"backbone.device_map: auto spreads one backbone over all GPUs, and {n} processes "
+            "each want one of their own",
+            hint="start a single process, without torchrun; or leave backbone.device_map out",
+        )
 
 
 def _leave() -> None:
