@@ -163,6 +163,23 @@ def test_private_training_is_refused(tmp_path: Path) -> None:
         tiny_case(tmp_path, [lever])
 
 
+@pytest.mark.parametrize(
+    ("given", "without"),
+    [
+        ("backbone.quantization=nf4", "backbone.quantization=none"),
+        ("backbone.device_map=auto", "backbone.device_map=null"),
+        ("training.gradient_checkpointing=true", "training.gradient_checkpointing=false"),
+    ],
+)
+def test_what_not_every_loop_does_is_refused(tmp_path: Path, given: str, without: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tiny_case(tmp_path, [given])
+    assert str(caught.value) == (
+        f"{given.split('=')[0]}: is not measured, the loops beside pfl-lm's do not do it\n"
+        f"  hint: leave it out for the measurement: {without}"
+    )
+
+
 def test_a_turn_that_fails_is_told(tmp_path: Path) -> None:
     case = tiny_case(tmp_path, ["training.learning_rate=1e30"], steps=4)
     with pytest.raises(PflError, match=rf"^client {case.client}: its turn has failed: "):

@@ -91,6 +91,37 @@ RULES = [
     ),
     (["method.preset=papper"], "hard_correction, no_realignment, sgd, got 'papper'"),
     (
+        ["backbone.bnb_4bit_use_double_quant=true"],
+        "override backbone.bnb_4bit_use_double_quant=true: goes with `quantization: nf4` only, not "
+        "with `none`; leave it out",
+    ),
+    (
+        ["backbone.quantization=int8", "backbone.bnb_4bit_compute_dtype=bfloat16"],
+        "override backbone.bnb_4bit_compute_dtype=bfloat16: goes with `quantization: nf4` only, "
+        "not with `int8`; leave it out",
+    ),
+    (
+        ["backbone.quantization=nf5"],
+        "must be one of none, nf4, int8, got 'nf5'. Did you mean `nf4`?",
+    ),
+    (["backbone.load_in_4bit=true"], "unknown key. Did you mean `backbone.quantization`?"),
+    (["backbone.device_map=balanced"], "must be one of auto, got 'balanced'"),
+    (
+        ["backbone.device_map=auto", "runtime.parallel=clients"],
+        "override backbone.device_map=auto: auto spreads one backbone over all GPUs, and "
+        "`runtime.parallel: clients` wants one for each process; leave one of them out",
+    ),
+    (
+        ["backbone.device_map=auto", "runtime.compile=true"],
+        "override runtime.compile=true: with `backbone.device_map` the layers are called through "
+        "Accelerate, which moves what they are given, and are not compiled; leave it out",
+    ),
+    (
+        ["training.gradient_checkpointing=true", "runtime.compile=true"],
+        "override runtime.compile=true: a compiled layer cannot be run once more with the same "
+        "dropout, as `training.gradient_checkpointing` needs it; leave one of them out",
+    ),
+    (
         ["runtime.parallel=both"],
         "must be one of auto, clients, data, got 'both'",
     ),

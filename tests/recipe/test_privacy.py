@@ -100,6 +100,16 @@ def test_client_level_and_both(tmp_path: Path) -> None:
             "the rows of a step, or they would not be protected as accounted for; leave it out",
         ),
         (
+            [RECORD, "training.gradient_checkpointing=true"],
+            "override training.gradient_checkpointing=true: with `privacy.record_level` each row's "
+            "gradient is looked at inside of the layers, which would run twice; leave it out",
+        ),
+        (
+            [RECORD, "backbone.device_map=auto"],
+            "override backbone.device_map=auto: with `privacy.record_level` each row's gradient is "
+            "needed on one device; leave it out",
+        ),
+        (
             [RECORD, "runtime.compile=true"],
             "override runtime.compile=true: with `privacy.record_level` each row's gradient is "
             "looked at inside of the layers, and a compiled one shows nothing; leave it out",

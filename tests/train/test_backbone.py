@@ -83,7 +83,7 @@ def test_attention_is_pytorchs_own_unless_another_is_asked_for(
 ) -> None:
     given = options(attn_implementation=asked)
     assert load_backbone(given, CPU).model.config._attn_implementation == used
-    outline = outline_backbone(find_source(given), given, torch.float32)
+    outline = outline_backbone(find_source(given), given, torch.float32, CPU)
     assert outline.backbone.model.config._attn_implementation == used
 
 
