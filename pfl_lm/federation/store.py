@@ -26,9 +26,10 @@ from pfl_lm.federation.history import StateFile
 from pfl_lm.files import explained, write_atomically
 from pfl_lm.layout import Vector
 from pfl_lm.methods import ClientState, ServerState, Upload
-from pfl_lm.sealed import read_sealed
+from pfl_lm.sealed import open_sealed, read_sealed
 
 MOST_BYTES = 2**36
+MOST_HEADER = 2**20
 
 
 class Store:
@@ -100,6 +101,27 @@ class Store:
         if "weight" not in scalars:
             raise RunFolderError(f"{self.run_folder / file.path}: an upload without a weight")
         return Upload(vectors, weight=scalars.pop("weight"), scalars=scalars, client=client)
+
+    def load_part(self, file: StateFile, name: str, columns: slice) -> Vector:
+        """Read some numbers of one vector and no more of the file, onto the CPU.
+
+        They are not checked: of a file that has changed since it was read whole, they are others.
+
+        Raises:
+            RunFolderError: the file cannot be read, or has no such numbers.
+        """
+        where, n = self._place(file.path), 4 * (columns.stop - columns.start)
+        try:
+            with open_sealed(self.run_folder, file.path, MOST_BYTES) as (content, _):
+                size = int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(min(size, MOST_HEADER)))
+                content.seek(8 + size + header[name]["data_offsets"][0] + 4 * columns.start)
+                numbers = content.read(n)
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise RunFolderError(f"{where}: cannot be read: {error}") from error
+        if len(numbers) != n:
+            raise RunFolderError(f"{where}: changed while it was being read")
+        return torch.frombuffer(bytearray(numbers), dtype=torch.float32)
 
     def discard(self, paths: Iterable[str]) -> None:
         """Remove files that a newer commit has replaced, and folders this leaves empty.
@@ -255,3 +277,7 @@ class StoredUploads(Sequence[Upload]):
             return StoredUploads(self.store, self.files[index])
         client, file = self.files[index]
         return self.store.load_upload(file, client)
+
+    def part(self, index: int, name: str, columns: slice) -> Vector:
+        """Read some numbers of one upload's vector; see `Store.load_part` for what is checked."""
+        return self.store.load_part(self.files[index][1], name, columns)

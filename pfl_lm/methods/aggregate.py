@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -75,6 +75,28 @@ class Sent:
             if self.name not in upload.vectors:
                 raise AggregationError(f"an upload has no vector {self.name!r}")
             yield upload.vectors[self.name], upload.weight
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """Uploads of which a part can be read alone."""
+
+    def part(self, index: int, name: str, columns: slice) -> Vector:
+        """Return some numbers of one upload's vector; nothing but their number is checked."""
+        ...
+
+
+def in_columns(weighted: WeightedVectors, columns: slice) -> Iterator[Vector]:
+    """Yield some numbers of every vector, and read no others where they need not be.
+
+    What comes was not checked: whoever asks has seen the whole before, and compares.
+    """
+    if isinstance(weighted, Sent) and isinstance(weighted.uploads, InParts):
+        for index in range(len(weighted)):
+            yield weighted.uploads.part(index, weighted.name, columns)
+    else:
+        for vector, _ in weighted:
+            yield vector[columns]
 
 
 def mean_upload(uploads: Sequence[Upload], name: str) -> Vector:

@@ -14,11 +14,14 @@ any other. The median is the trimmed mean that cuts all but the middle. Of one o
 with c = 0, either is the unweighted mean.
 
 The clipped mean takes one pass. The others sort ``CHUNK_BYTES`` of numbers at a time, all clients'
-of some coordinates, and read every upload once to check it and once for each such chunk.
+of some coordinates. They read every upload whole once, to check it, and then of each only the
+coordinates at hand, so that in all every number is read twice. What is sorted must have the SHA-256
+of what was checked: an upload that changes in between is noticed, however it changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 
@@ -26,8 +29,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pfl_lm.errors import AggregationError
 from pfl_lm.layout import Vector
-from pfl_lm.methods.aggregate import Weighted, WeightedVectors, checked
+from pfl_lm.methods.aggregate import Weighted, WeightedVectors, checked, in_columns
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -70,32 +74,63 @@ def trimmed_mean(weighted: WeightedVectors, cut: int, chunk_bytes: int = CHUNK_B
         chunk_bytes: how much may be sorted at a time.
 
     Raises:
-        AggregationError: as `checked`.
+        AggregationError: as `checked`, or what is averaged has changed meanwhile.
     """
-    n, result = len(weighted), _zeros_after_a_check(weighted)
+    n = len(weighted)
+    width = max(1, chunk_bytes // (4 * max(1, n)))
+    result, digests = _check(weighted, width)
     assert 0 <= 2 * cut < n
-    width = max(1, chunk_bytes // (4 * n))
-    for begin in range(0, len(result), width):
+    for begin, digest in zip(range(0, len(result), width), digests, strict=True):
         columns = slice(begin, min(begin + width, len(result)))
-        result[columns] = torch.from_numpy(_middle(weighted, columns, cut)).to(torch.float32)
+        middle = _middle(weighted, columns, cut, digest)
+        result[columns] = torch.from_numpy(middle).to(torch.float32)
     return result
 
 
-def _zeros_after_a_check(weighted: WeightedVectors) -> Vector:
+def _check(weighted: WeightedVectors, width: int) -> tuple[Vector, list[bytes]]:
+    """Check all; return zeros of their shape, and the SHA-256 of each ``width`` columns of them."""
     like = torch.zeros(0)
+    digests: list[hashlib._Hash] = []
     for vector, _ in checked(weighted):
         like = vector
-    return torch.zeros_like(like, dtype=torch.float32)
+        numbers = _numbers(vector)
+        begins = range(0, len(numbers), width)
+        digests = digests or [hashlib.sha256() for _ in begins]
+        for digest, begin in zip(digests, begins, strict=True):
+            digest.update(numbers[begin : begin + width].data)
+    return torch.zeros_like(like, dtype=torch.float32), [digest.digest() for digest in digests]
 
 
-def _middle(weighted: WeightedVectors, columns: slice, cut: int) -> NDArray[np.float64]:
-    """Return ``(width,)``: some coordinates' means, each without its ``cut`` least and greatest."""
+def _middle(
+    weighted: WeightedVectors, columns: slice, cut: int, digest: bytes
+) -> NDArray[np.float64]:
+    """Return ``(width,)``: some coordinates' means, each without its ``cut`` least and greatest.
+
+    ``digest``: what the SHA-256 of these coordinates has to be.
+    """
     n = len(weighted)
     table = np.empty((n, columns.stop - columns.start), dtype=np.float32)
-    for row, (vector, _) in zip(table, weighted, strict=True):
-        row[:] = vector[columns].cpu().numpy()
+    for row, part in zip(table, in_columns(weighted, columns), strict=True):
+        row[:] = _numbers(part)
+    if hashlib.sha256(table.data).digest() != digest:
+        raise _changed(weighted)
     table.sort(axis=0)
     total = np.zeros(table.shape[1])
     for row in table[cut : n - cut]:
         total += row
     return total / (n - 2 * cut)
+
+
+def _numbers(vector: Vector) -> NDArray[np.float32]:
+    numbers: NDArray[np.float32] = vector.to(torch.float32).cpu().contiguous().numpy()
+    return numbers
+
+
+def _changed(weighted: WeightedVectors) -> AggregationError:
+    """Return what to raise over uploads that are others now; those on disk say first which."""
+    for _ in weighted:
+        pass
+    return AggregationError(
+        "an upload has changed while it was averaged",
+        hint="nothing of this round was averaged: see that nobody else writes there, then resume",
+    )
