@@ -13,7 +13,8 @@ To it come some 40 MB of machine code and buffers that only a fit touches.
 are added up although their peaks fall at different times, because an allocator gives only large
 blocks back to the system: once a step's activations have come and gone, their place stays with the
 process while the next scoring asks for large blocks of logits. What lies between small blocks that
-were freed is too small for others, hence the quarter on top; it was measured (docs/planning.md).
+were freed is too small for others, hence the quarter on top; where batches are long it is
+too little (docs/planning.md says why, and by how much).
 Vectors are small blocks too, unless an adapter has more than eight million parameters.
 
 On a GPU the weights, vectors and blocks are on the device, the process and the file are not.

@@ -32,6 +32,17 @@ RECIPES = {
         "training.per_device_train_batch_size=8",
         "data.max_length=256",
     ],
+    "10 rows of 256 tokens": [
+        "training.per_device_train_batch_size=10",
+        "data.max_length=256",
+    ],
+    "float32, all layers, 2 rows of 512 tokens": [
+        "backbone.dtype=float32",
+        "adapter.layers_to_transform=null",
+        "training.per_device_train_batch_size=2",
+        "training.per_device_eval_batch_size=2",
+        "data.max_length=512",
+    ],
 }
 
 
