@@ -28,13 +28,13 @@ CLIENTS = ("alice", "bob", "carol")
 
 def run(
     tmp_path: Path,
-    clients: tuple[str, ...] = CLIENTS,
+    who: tuple[str, ...] = CLIENTS,
     rows: list[dict[str, str]] | None = None,
     **changes: Any,
 ) -> Path:
     """Run a tiny recipe and return its run folder; ``rows`` are eight of each client by default."""
     tmp_path.mkdir(exist_ok=True)
-    path = write_jsonl(tmp_path / "clients.jsonl", rows or client_rows(clients))
+    path = write_jsonl(tmp_path / "clients.jsonl", rows or client_rows(who))
     settings = {"data.path": str(path), "seed": SEED, "federation.rounds": ROUNDS} | changes
     return finetune(load_recipe(tiny_recipe(tmp_path, **settings))).folder
 
