@@ -27,7 +27,10 @@ from pfl_lm.recipe.scalars import show
 
 HARMLESS = frozenset(
     {
-        *("data.path", "federation.min_clients", "federation.rounds"),
+        *("federation.min_clients", "federation.rounds"),
+        *("data.path", "data.package", "data.data_file", "data.dataset_name", "data.revision"),
+        *("data.dataset_config_name", "data.dataset_train_split"),
+        *("data.dataset_validation_split", "data.dataset_test_split"),
         *("runtime.output_dir", "runtime.parallel", "runtime.threads", "runtime.tracking"),
         *("runtime.diagnostics", "training.gradient_checkpointing"),
     }
@@ -37,7 +40,7 @@ HARMLESS = frozenset(
 Save for last digits: those of ``runtime.threads``, and of ``runtime.parallel`` where ranks share
 turns, which is then said.
 
-The rows behind ``data.path`` are compared by themselves; more rounds extend the run.
+The rows are compared by themselves, wherever they come from; more rounds extend the run.
 """
 
 
@@ -203,7 +206,7 @@ def rows_of_one(loaded: LoadedRecipe, client: str, path: Path) -> dict[str, Clie
     Raises:
         DataError: the file cannot be used, or holds rows of somebody else.
     """
-    data = loaded.recipe.data.model_copy(update={"path": str(path), "partition": None})
+    data = loaded.recipe.data.of_file(str(path))
     rows = {
         name: capped(own, data.max_train_samples)
         for name, own in split_clients(
@@ -247,7 +250,7 @@ def _compare(
     if problems:
         run = loaded.run_folder
         raise DataError(
-            listed(loaded.recipe.data.path, problems),
+            listed(loaded.recipe.data.source, problems),
             hint=f"put the rows back; a client comes with `pfl-lm join {run} --id ID --data FILE` "
             f"and goes with `pfl-lm remove {run} --id ID`",
         )

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pfl_lm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "seeds", "files", "sealed", "quantities"),
+    ("errors", "seeds", "files", "sealed", "packages", "quantities"),
     ("layout",),
     ("recipe",),
     ("data",),

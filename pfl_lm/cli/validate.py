@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from pfl_lm.cli.exits import label, plain
-from pfl_lm.data.files import find_files
+from pfl_lm.data.sources import sources_said
 from pfl_lm.preflight import Checked, check_recipe
 from pfl_lm.recipe.privacy import loose_deltas
 
@@ -55,11 +55,9 @@ def _report(checked: Checked) -> str:
 
 
 def _data(checked: Checked) -> str:
-    """Say the format of the rows, how it is known, and how many files they are in."""
+    """Say the format of the rows, how it is known, and where they are."""
     options = checked.loaded.recipe.data
-    files = find_files(options.path)
     format = next(iter(checked.clients.values())).train[0].format
     known = "told by its columns" if options.format == "auto" else "as data.format says"
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
     made = "" if options.partition is None else f"; clients by {options.partition.name}"
-    return f"{format}, {known}, from {count} of {files[0].kind.name}{made}"
+    return f"{format}, {known}, from {sources_said(options)}{made}"

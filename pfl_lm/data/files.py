@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from pfl_lm.data.cells import identifier_fault
 from pfl_lm.data.jsonlines import Row, read_json_lines
 from pfl_lm.data.parquet import read_parquet
 from pfl_lm.data.problems import Problems
-from pfl_lm.data.records import Unit
+from pfl_lm.data.records import Split, Unit
 from pfl_lm.data.tables import read_csv
 from pfl_lm.errors import DataError
 from pfl_lm.files import open_ordinary
@@ -29,7 +29,7 @@ class Kind:
     name: str
     said: str
     unit: Unit
-    read: Callable[[BinaryIO], Iterator[tuple[int, Row]]]
+    read: Callable[[BinaryIO], Iterator[tuple[int, Row]]] | None = None
 
 
 DATA = "data.path"
@@ -50,6 +50,33 @@ _FOLDER_HINT = (
 )
 
 
+class Source(Protocol):
+    """What rows are read from: a file, or a split of a dataset.
+
+    Attributes:
+        kind: how it is read.
+        client: whose rows they are, if they need not say so.
+        split: on which side they are, if they need not say so.
+        called: its name among several; None if it is the only one.
+    """
+
+    @property
+    def kind(self) -> Kind: ...  # noqa: D102
+    @property
+    def client(self) -> str | None: ...  # noqa: D102
+    @property
+    def split(self) -> Split | None: ...  # noqa: D102
+    @property
+    def called(self) -> str | None: ...  # noqa: D102
+
+    def rows(self) -> Iterator[RawRow]:
+        """Read the rows as they are.
+
+        Raises:
+            DataError: they cannot be read, or not to their end.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """One file, and the client it belongs to if it is in a folder."""
@@ -57,6 +84,12 @@ class DataFile:
     path: Path
     kind: Kind
     client: str | None = None
+    split: Split | None = None
+
+    @property
+    def called(self) -> str | None:
+        """The file's name, if there are several."""
+        return None if self.client is None else self.path.name
 
     def rows(self) -> Iterator[RawRow]:
         """Read the file as it is.
@@ -64,6 +97,7 @@ class DataFile:
         Raises:
             DataError: it cannot be opened, or not be read to its end.
         """
+        assert self.kind.read is not None
         with open_file(str(self.path)) as file:
             for number, columns in self.kind.read(file):
                 yield RawRow(self, number, columns)
@@ -73,7 +107,7 @@ class DataFile:
 class RawRow:
     """A row by its columns, or why it cannot be read, and where it stands."""
 
-    file: DataFile
+    file: Source
     number: int
     columns: Row
 
@@ -81,7 +115,7 @@ class RawRow:
     def place(self) -> str:
         """Where the row is, with the file's name if there are several."""
         place = f"{self.file.kind.unit} {self.number}"
-        return place if self.file.client is None else f"{self.file.path.name} {place}"
+        return place if self.file.called is None else f"{self.file.called} {place}"
 
 
 def find_files(name: str) -> list[DataFile]:

@@ -56,4 +56,4 @@ def check_groups(records: Iterable[Record]) -> None:
         if len(sides) > 1:
             there = " and ".join(f"{split} ({sides[split]})" for split in SPLITS if split in sides)
             problems.add(f"client {short(client)}: the group {short(group)} stands in {there}")
-    problems.raise_if_any("data.path", hint="keep all rows of a group in the same split")
+    problems.raise_if_any("data", hint="keep all rows of a group in the same split")

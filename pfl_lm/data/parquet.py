@@ -8,7 +8,7 @@ JSON is. pyarrow reads it, with which ``datasets`` reads it too; no torch here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from pfl_lm.data import jsonlines
@@ -39,29 +39,39 @@ def read_parquet(file: BinaryIO) -> Iterator[tuple[int, Row]]:
             yield 1, f"the column {short(column)} is there twice"
             return
         groups = _groups(table.metadata)
-        held = sum(groups)
-        if held <= limit:
-            held = 0
-            at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max([1, *groups])))
-            for batch in table.iter_batches(batch_size=at_once):
-                held += _weight(batch)
-                if held > limit:
-                    break
-                for row in _rows(batch):
-                    number += 1
-                    yield number, row
-        if held > limit:
-            yield (
-                number + 1,
-                f"the file holds more than {limit // 2**20} MiB, too much for its size. "
-                "What follows was not read",
-            )
+        if sum(groups) > limit:
+            yield 1, _too_much("file", limit)
+            return
+        at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max([1, *groups])))
+        for number, row in rows_of(table.iter_batches(batch_size=at_once), "file", limit):
+            yield number, row
     except (
         *(pyarrow.ArrowException, ArithmeticError, LookupError, MemoryError, OSError),
         *(RecursionError, TypeError, ValueError),
     ) as error:
         reason = str(error).partition("\n")[0][:200]
         yield number + 1, f"not readable as Parquet ({reason}). What follows was not read"
+
+
+def rows_of(batches: Iterable[Any], what: str, limit: int) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of record batches and their numbers, from 1, up to ``limit`` bytes in all.
+
+    ``what`` holds them, in the words of the message that ends the rows if there are more.
+    """
+    number = held = 0
+    for batch in batches:
+        held += _weight(batch)
+        if held > limit:
+            yield number + 1, _too_much(what, limit)
+            return
+        for row in _rows(batch):
+            number += 1
+            yield number, row
+
+
+def _too_much(what: str, limit: int) -> str:
+    said = f"the {what} holds more than {limit // 2**20} MiB, too much for its size"
+    return f"{said}. What follows was not read"
 
 
 def _groups(metadata: Any) -> list[int]:

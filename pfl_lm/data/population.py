@@ -68,7 +68,7 @@ def read_population(options: DataOptions) -> Population:
     enough = [record for record in records if record.client not in small]
     if not enough:
         raise DataError(
-            f"{options.path}: none of {len(small)} clients has {options.min_train_samples} train "
+            f"{options.source}: none of {len(small)} clients has {options.min_train_samples} train "
             "rows",
             hint="lower data.min_train_samples",
         )
@@ -119,11 +119,11 @@ def _held_out(options: DataOptions, clients: Sequence[str]) -> set[str]:
                 there = f"of those there are {_named(clients)}"
                 meant = did_you_mean(client, known)
                 problems.add(f"there is no client {short(client)} to hold out; {there}{meant}")
-        problems.raise_if_any(options.path, hint="data.holdout_clients: name clients of the data")
+        problems.raise_if_any(options.source, hint="data.holdout_clients: name clients of the data")
         later = set(asked)
     if len(later) == len(clients):
         raise DataError(
-            f"{options.path}: data.holdout_clients keeps all {len(clients)} clients for later",
+            f"{options.source}: data.holdout_clients keeps all {len(clients)} clients for later",
             hint="leave some of them in",
         )
     return later

@@ -53,7 +53,7 @@ class RowReader:
         cells = Cells(columns)
         record = Record(
             client=self._client(row, cells),
-            split=self._split(cells),
+            split=self._split(row, cells),
             content=self._content(cells),
             line=row.number,
             unit=row.file.kind.unit,
@@ -117,7 +117,9 @@ class RowReader:
                 f"client {short(client)} is {here} here but {there} in {first_place}. Keep to one"
             )
 
-    def _split(self, cells: Cells) -> Split:
+    def _split(self, row: RawRow, cells: Cells) -> Split:
+        if row.file.split is not None:
+            return row.file.split
         column = self._options.split_column
         if column is None or cells.lacks(column, _named(column, "split")):
             return "train"

@@ -115,4 +115,4 @@ def _check(clients: dict[str, ClientRows], file_holds_out: bool, fraction: float
             )
     if file_holds_out:
         hint = "the file has validation rows of its own, so every client needs some of both kinds"
-    problems.raise_if_any("data.path", hint=hint)
+    problems.raise_if_any("data", hint=hint)

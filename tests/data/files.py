@@ -39,6 +39,10 @@ class Options:
     max_train_samples: int | None = None
     holdout_clients: int | list[str] = 0
 
+    @property
+    def source(self) -> str:
+        return self.path
+
 
 def write(folder: Path, *lines: bytes | str | dict) -> Options:
     raw = [line if isinstance(line, bytes) else _text(line).encode() for line in lines]

@@ -107,7 +107,7 @@ def test_a_client_of_one_group_is_named():
     with pytest.raises(DataError) as caught:
         split_clients(records, 0.25)
     assert str(caught.value) == (
-        "data.path: 2 problems\n"
+        "data: 2 problems\n"
         "  client 'b': all 4 of its train rows are of one group, 'only'\n"
         "  client 'c': all 1 of its train rows are of one group, 'one'\n"
         "  hint: each client needs rows of two groups: one to train on, one to hold out"
@@ -124,7 +124,7 @@ def test_a_group_on_both_sides_is_an_error(tmp_path):
     with pytest.raises(DataError) as caught:
         split_clients(read_records(options), 0.25)
     assert str(caught.value) == (
-        "data.path: 3 problems\n"
+        "data: 3 problems\n"
         "  client 'a': the group '1' stands in train (line 1) and test (line 3)\n"
         "  client 'a': the group '3' stands in validation (line 5) and test (line 6)\n"
         "  client 'b': the group '3' stands in train (line 10) and validation (line 9) "

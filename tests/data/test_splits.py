@@ -139,7 +139,7 @@ def test_clients_that_cannot_be_split_are_all_named():
     with pytest.raises(DataError) as caught:
         split_clients(records, 0.25)
     assert str(caught.value) == (
-        "data.path: 2 problems\n"
+        "data: 2 problems\n"
         "  client 'b': all 1 of its train rows would be held out for validation, "
         "and none left to train on\n"
         "  client 'c': all 3 of its train rows would be held out for validation, "
@@ -153,7 +153,7 @@ def test_clients_without_validation_rows_of_their_own_are_named():
     with pytest.raises(DataError) as caught:
         split_clients([*records, record("d", "1", "validation")], 0.25)
     assert str(caught.value) == (
-        "data.path: 3 problems\n"
+        "data: 3 problems\n"
         "  client 'b': no validation rows\n"
         "  client 'c': no validation rows\n"
         "  client 'd': no train rows\n"

@@ -169,6 +169,14 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
 
     assert shown["data"] == {
         "path": HIDDEN,
+        "package": None,
+        "data_file": None,
+        "dataset_name": None,
+        "dataset_config_name": None,
+        "revision": None,
+        "dataset_train_split": None,
+        "dataset_validation_split": None,
+        "dataset_test_split": None,
         "format": "auto",
         "columns": {},
         "client_column": HIDDEN,

@@ -160,7 +160,8 @@ method: {name: pflalign}
         "  line 3  training.batch_size: unknown key. "
         "Did you mean `training.per_device_train_batch_size`?",
         "  line 6  adapter.rank: unknown key. Did you mean `adapter.r`?",
-        "  line 8  data.path: missing. Add it, for example `path: clients.jsonl`",
+        "  line 8  data.path: missing. Add it, for example `path: clients.jsonl`; "
+        "or name a `package`, or a `dataset_name`",
         "  backbone: missing. Add it, for example "
         "`backbone: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}`",
         "  override adapter.r=0: must be a whole number from 1 to 1024, got 0",

@@ -64,7 +64,7 @@ def test_a_package_that_is_not_installed(name: str) -> None:
 def test_the_known_package_is_hinted_at_with_its_version(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("pfl_lm.model.package.find_spec", lambda name: None)
+    monkeypatch.setattr("pfl_lm.packages.find_spec", lambda name: None)
 
     with pytest.raises(ModelError) as caught:
         gguf_path(name, "x.gguf")
