@@ -52,6 +52,7 @@ from pfl_lm.layout import Vector
 from pfl_lm.methods import METHODS, ServerState, Setup
 from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
+from pfl_lm.model.gguf import cache_folder
 from pfl_lm.model.states import TrunkStates, states_of
 from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
 from pfl_lm.privacy.clients import ClientLevel
@@ -167,8 +168,13 @@ def load_common(
     """
     watch.note(f"loading the backbone onto {device}")
     backbone = load_backbone(recipe.backbone, device, watch.note)
+    kept = None if recipe.runtime.token_cache == "off" else cache_folder() / "tokens"
     dataset = FederatedDataset.build(
-        clients, backbone.tokenizer, *recipe.data.length, recipe.own_lengths(rows_to_train(clients))
+        clients,
+        backbone.tokenizer,
+        *recipe.data.length,
+        recipe.own_lengths(rows_to_train(clients)),
+        kept=kept,
     )
     _note_cut_rows(dataset, recipe, watch)
     for told in loose_deltas(recipe.privacy, {c.id: c.n_train for c in dataset}):

@@ -32,7 +32,7 @@ HARMLESS = frozenset(
         *("data.dataset_config_name", "data.dataset_train_split"),
         *("data.dataset_validation_split", "data.dataset_test_split"),
         *("runtime.output_dir", "runtime.parallel", "runtime.threads", "runtime.tracking"),
-        *("runtime.diagnostics", "training.gradient_checkpointing"),
+        *("runtime.diagnostics", "runtime.token_cache", "training.gradient_checkpointing"),
     }
 )
 """Keys in which a recipe may differ from its run's: they leave every number of it alone.

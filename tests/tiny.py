@@ -162,7 +162,7 @@ def tiny_recipe(tmp_path: Path, **changes: Any) -> Path:
             "optimizer": "sgd",
         },
         "method": {"name": "pflalign"},
-        "runtime": {"output_dir": str(tmp_path / "runs"), "threads": 1},
+        "runtime": {"output_dir": str(tmp_path / "runs"), "threads": 1, "token_cache": "off"},
     }
     for key, value in changes.items():
         *sections, name = key.split(".")
@@ -172,7 +172,7 @@ def tiny_recipe(tmp_path: Path, **changes: Any) -> Path:
         place[name] = value
     if not {"model_name_or_path", "package"} & recipe["backbone"].keys():
         recipe["backbone"]["model_name_or_path"] = str(tiny_model())
-    if "path" not in recipe["data"]:
+    if not {"path", "package", "dataset_name"} & recipe["data"].keys():
         recipe["data"]["path"] = str(write_jsonl(tmp_path / "clients.jsonl", client_rows()))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pfl_lm.data.chat import check_tokenizer
 from pfl_lm.data.content import Text
 from pfl_lm.data.examples import Example
+from pfl_lm.data.kept import keep
 from pfl_lm.data.problems import Problems
 from pfl_lm.data.records import Record
 from pfl_lm.data.splits import ClientRows
@@ -68,10 +70,13 @@ class FederatedDataset:
         max_length: int,
         on_long: OnLong = "truncate",
         own_lengths: Mapping[str, int] | None = None,
+        *,
+        kept: Path | None = None,
     ) -> FederatedDataset:
         """Tokenize every client's train and validation rows, none longer than ``max_length``.
 
-        ``own_lengths`` are of clients for whom another length holds.
+        ``own_lengths`` are of clients for whom another length holds; ``kept`` is the folder in
+        which tokens are kept between runs, if they are.
 
         Raises:
             ModelError: the tokenizer has no chat template (for texts: no end-of-text token), or is
@@ -86,12 +91,13 @@ class FederatedDataset:
             check_tokenizer(tokenizer)
         common = RowTokenizer(tokenizer, max_length, on_long)
         own = {client: common.of_length(n) for client, n in (own_lengths or {}).items()}
+        whole = _whole(records_by_client, common, kept)
         clients: dict[str, ClientData] = {}
         problems = Problems()
         for client_id, rows in sorted(records_by_client.items()):
             tokenize = own.get(client_id, common)
-            train, n_train = tokenize.examples(rows.train)
-            validation, n_validation = tokenize.examples(rows.validation)
+            train, n_train = tokenize.examples(rows.train, whole)
+            validation, n_validation = tokenize.examples(rows.validation, whole)
             if on_long == "error":
                 tokenize.examples(rows.test)  # at the end it would be too late to say so
             counts: dict[Literal["train", "validation"], Counts]
@@ -150,3 +156,16 @@ class FederatedDataset:
         if split == "test":
             return self._tokenizer(client_id).examples(client.test_rows)[1]
         return client.counts[split]
+
+
+def _whole(
+    clients: Mapping[str, ClientRows], tokenize: RowTokenizer, folder: Path | None
+) -> Iterator[Example] | None:
+    """Yield all train and validation rows in tokens, client by client; None if none are kept."""
+    if folder is None:
+        return None
+    rows = [row for _, own in sorted(clients.items()) for row in (*own.train, *own.validation)]
+    contents = [row.content for row in rows]
+    return iter(
+        keep(folder, tokenize.tokenizer, contents, lambda: [tokenize.whole(row) for row in rows])
+    )

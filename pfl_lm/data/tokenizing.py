@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -58,10 +58,13 @@ class RowTokenizer:
     _known: dict[int, int] = field(default_factory=dict)
     _too_long: Problems = field(default_factory=Problems)
 
-    def examples(self, rows: Sequence[Record]) -> tuple[tuple[Example, ...], Counts]:
+    def examples(
+        self, rows: Sequence[Record], whole: Iterator[Example] | None = None
+    ) -> tuple[tuple[Example, ...], Counts]:
         """Return the rows that are left to learn from, and what became of all.
 
-        Where longer rows are an error, they are noted for `refuse_long`.
+        Where longer rows are an error, they are noted for `refuse_long`. ``whole`` yields the rows
+        as `whole` makes them, if that was done.
 
         Raises:
             DataError: the template cannot write a row.
@@ -69,8 +72,9 @@ class RowTokenizer:
         kept: list[Example] = []
         truncated = long = 0
         for row in rows:
-            whole = self._rendered(row)
-            is_long = len(whole.input_ids) > self.max_length
+            example = self.whole(row) if whole is None else next(whole)
+            n_tokens = len(example.input_ids)
+            is_long = n_tokens > self.max_length
             if is_long and self.on_long == "drop":
                 long += 1
                 continue
@@ -78,11 +82,10 @@ class RowTokenizer:
                 most = (
                     "" if self.said is None else f", the most of this client is {self.max_length}"
                 )
-                self._too_long.add(f"{_where(row)}: {len(whole.input_ids)} tokens{most}")
-            example = whole.cut(self.max_length)
+                self._too_long.add(f"{_where(row)}: {n_tokens} tokens{most}")
+            example = example.cut(self.max_length)
             if example.n_supervised:
-                ids = tuple(self._known.setdefault(token, token) for token in example.input_ids)
-                kept.append(Example(ids, example.spans))
+                kept.append(example)
                 truncated += is_long
         dropped = len(rows) - len(kept) - long
         return tuple(kept), Counts(len(rows), len(kept), truncated, dropped, long)
@@ -105,11 +108,18 @@ class RowTokenizer:
             hint="raise data.max_length, or set data.on_long: truncate, or drop",
         )
 
-    def _rendered(self, row: Record) -> Example:
+    def whole(self, row: Record) -> Example:
+        """Return a row as it is, however long.
+
+        Raises:
+            DataError: the template cannot write it.
+        """
         try:
-            return render(self.tokenizer, row.content)
+            made = render(self.tokenizer, row.content)
         except DataError as error:
             raise DataError(f"{_where(row)}: {error.message}", hint=error.hint) from error
+        ids = tuple(self._known.setdefault(token, token) for token in made.input_ids)
+        return Example(ids, made.spans)
 
 
 def _where(row: Record) -> str:

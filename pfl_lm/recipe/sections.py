@@ -358,6 +358,12 @@ class RuntimeOptions(Options):
         "row and remember what comes out, in memory up to 1 GiB, then in a file without a name on "
         "the disk of `output_dir`; memory: in memory only; off: run them every time.",
     )
+    token_cache: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: train and validation rows in tokens are kept in `$PFL_LM_CACHE`, or in "
+        "`pfl-lm` under the user's cache folder, for other runs of the same rows; off: nothing of "
+        "them is left outside the run folder.",
+    )
     compile: bool = Field(
         default=False,
         description="true: the backbone's layers are compiled by torch.compile, which takes "

@@ -192,7 +192,7 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
         "group_by_length": False,
     }
     plain = {"parallel": "auto", "threads": None, "trunk_cache": "auto", "compile": False}
-    plain["tracking"] = "none"
+    plain |= {"token_cache": "auto", "tracking": "none"}
     assert shown["runtime"] == {"output_dir": HIDDEN, **plain}
     assert shown["backbone"]["gguf_file"] == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert shown["training"]["optimizer"] == "sgd"
