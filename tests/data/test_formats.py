@@ -1,8 +1,11 @@
 """Which format a file is of, and what is wrong with a conversation or a text in it."""
 
+from itertools import combinations, permutations
+
 import pytest
 
 from pfl_lm.data.content import Conversation, PromptCompletion, Text, Turn
+from pfl_lm.data.formats import FORMATS
 from pfl_lm.data.sources import read_records
 from tests.data.files import ANY_FORMAT, GOOD, problems, refusal, write
 
@@ -213,3 +216,37 @@ def test_faults_of_the_row_and_of_its_conversation_are_told_together(tmp_path):
         "line 1: 'client' is empty. Each row names its client",
         "line 1: 'messages' ends with a user turn. The last one must be the assistant's",
     ]
+
+
+COLUMNS = {
+    "prompt_completion": {"prompt": "p", "completion": "c"},
+    "messages": {"messages": [ASK, SAY]},
+    "alpaca": {"instruction": "i", "output": "o"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "text": {"text": "t"},
+}
+
+
+def test_the_formats_are_these():
+    assert tuple(COLUMNS) == FORMATS
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(COLUMNS, 2)))
+def test_any_two_formats_are_an_error_in_one_row_or_in_two(tmp_path, one, other):
+    mine, theirs = {"client": "a"} | COLUMNS[one], {"client": "a"} | COLUMNS[other]
+    for rows in ([mine | theirs], [theirs | mine], [mine, theirs], [theirs, mine]):
+        error = refusal(write(tmp_path, *rows))
+        assert "the columns fit 2 formats, and a file is of one: " in error.message
+        assert error.message.index(f"{one} (") < error.message.index(f" and {other} (")
+        assert error.hint == (
+            f"set data.format to the one that is meant, for example `format: {one}`"
+        )
+
+
+@pytest.mark.parametrize(("one", "other"), list(permutations(COLUMNS, 2)))
+def test_of_two_formats_the_named_one_is_read(tmp_path, one, other):
+    options = write(tmp_path, {"client": "a"} | COLUMNS[one] | COLUMNS[other])
+    options.format = one
+    (tmp_path / "alone").mkdir()
+    alone = write(tmp_path / "alone", {"client": "a"} | COLUMNS[one])
+    assert read_records(options) == read_records(alone)
