@@ -14,6 +14,9 @@ from pfl_lm.files import write_atomically
 from pfl_lm.recipe import load_recipe
 from pfl_lm.recipe.shipped import about, shipped, shipped_recipes
 
+MAKER = "make.py"
+"""The script beside a recipe that makes its rows, if they do not come with it."""
+
 
 def list_recipes() -> None:
     """Print the recipes that come with pfl-lm, and what each says of itself.
@@ -43,6 +46,9 @@ def copy(name: str, folder: Path) -> None:
         if not target.exists():
             write_atomically(target, source.read_bytes())
         typer.echo(plain(f"{target}"))
+    for target in files:
+        if target.name == MAKER:
+            typer.echo(plain(f"First: {shlex.join(['python', str(target)])}"))
     command = shlex.join(["pfl-lm", "validate", str(folder / path.name)])
     typer.echo(plain(f"Next: {command}"))
 
@@ -50,7 +56,10 @@ def copy(name: str, folder: Path) -> None:
 def _files(recipe: Path) -> Iterator[Path]:
     """Yield a recipe's file, and every file of the folder beside it that its data are in."""
     yield recipe
-    data = Path(load_recipe(recipe).recipe.data.path)
+    path = load_recipe(recipe).recipe.data.path
+    if path is None:
+        return
+    data = Path(path)
     if data.is_relative_to(recipe.parent):
         top = recipe.parent / data.relative_to(recipe.parent).parts[0]
         yield from sorted(path for path in top.rglob("*") if path.is_file())
