@@ -17,6 +17,7 @@ from pfl_lm.data.render import render
 from pfl_lm.data.sources import read_records
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
+from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.partition import PartitionOptions
 from tests.data.files import GOOD, Options, write
 from tests.data.templates import TOKENIZERS
@@ -145,6 +146,12 @@ def test_every_message_is_given(tmp_path):
     given += [refused(Options(str(folder))) for folder in folders(tmp_path)]
     one = PartitionOptions(name="iid", num_partitions=1)
     given.append(refused(Options(str(tmp_path / "other"), partition=one)))
+    for source in (
+        {"package": "no_such_rows", "data_file": "rows.jsonl"},
+        {"package": "pfl_lm", "data_file": "rows.jsonl"},
+        {"dataset_name": "org/nowhere"},
+    ):
+        given.append(refused(DataOptions(**source)))
     assert len(MESSAGES) > 30
     # With "a.jsonl" and "a.json" of one kind there, the kinds are named by the first of each.
     told = "\n".join(given).replace("('a.json')", "('a.jsonl')")
