@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.labels import task_of
 from pfl_lm.data.splits import rows_to_train
 from pfl_lm.errors import ExportError
 from pfl_lm.evaluate import BASE
@@ -106,12 +107,15 @@ def client_figures(
     accelerator = Accelerator()
     set_threads(recipe.runtime, accelerator)
     say(f"loading the backbone onto {accelerator.device}")
-    backbone = load_backbone(recipe.backbone, accelerator.device, say)
+    task = task_of(recipe, clients)
+    backbone = load_backbone(recipe.backbone, accelerator.device, say, task)
     with glance(folder) as ledger:
         about = {} if ledger is None else ledger.about()
     refuse_other_backbone(about, {"backbone": backbone.fingerprint}, folder)
     lengths = recipe.own_lengths(rows_to_train(clients))
-    dataset = FederatedDataset.build(clients, backbone.tokenizer, *recipe.data.length, lengths)
+    dataset = FederatedDataset.build(
+        clients, backbone.tokenizer, *recipe.data.length, lengths, task
+    )
     seed = derive_seed(recipe.seed, "adapter")
     trunk = None if recipe.runtime.trunk_cache == "off" else TrunkStates()
     with closing(Adapter(backbone, recipe.adapter, seed=seed, trunk=trunk)) as adapter:

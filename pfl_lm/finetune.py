@@ -17,9 +17,11 @@ from accelerate import Accelerator
 
 import pfl_lm
 from pfl_lm.data.federated import FederatedDataset
+from pfl_lm.data.labels import labelled, task_of
 from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.errors import PflError
 from pfl_lm.evaluate import RowScores
+from pfl_lm.evaluate.answers import Answers
 from pfl_lm.export.adapters import ClientResult, export_adapters
 from pfl_lm.federation.behind import Behind
 from pfl_lm.federation.client import ClientSide
@@ -54,6 +56,7 @@ from pfl_lm.model.adapter import Adapter
 from pfl_lm.model.backbone import Backbone, load_backbone
 from pfl_lm.model.gguf import cache_folder
 from pfl_lm.model.states import TrunkStates, states_of
+from pfl_lm.model.tasks import refuse_few_positions
 from pfl_lm.preflight import preflight, preflight_resume, refuse_occupied
 from pfl_lm.privacy.clients import ClientLevel
 from pfl_lm.recipe import LoadedRecipe, Recipe
@@ -114,6 +117,8 @@ def finetune(
     watch = watch if watch is not None and main else Watch()
     if clients is None:
         clients = preflight_resume(loaded) if resume else preflight(loaded)
+    recipe = labelled(recipe, clients)
+    loaded = replace(loaded, recipe=recipe)
     set_threads(recipe.runtime, accelerator)
     if advice := lone_launch():
         watch.note(advice)
@@ -167,13 +172,16 @@ def load_common(
         PflError: the backbone cannot be loaded, or a client's rows cannot be learned from.
     """
     watch.note(f"loading the backbone onto {device}")
-    backbone = load_backbone(recipe.backbone, device, watch.note)
+    task = task_of(recipe, clients)
+    backbone = load_backbone(recipe.backbone, device, watch.note, task)
+    refuse_few_positions(backbone, recipe.data.max_length)
     kept = None if recipe.runtime.token_cache == "off" else cache_folder() / "tokens"
     dataset = FederatedDataset.build(
         clients,
         backbone.tokenizer,
         *recipe.data.length,
         recipe.own_lengths(rows_to_train(clients)),
+        task,
         kept=kept,
     )
     _note_cut_rows(dataset, recipe, watch)
@@ -283,6 +291,7 @@ def _rounds(
 def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSide:
     """Build what carries out tasks on this rank; the one that averages needs the ``secret``."""
     own = {client: recipe.own(client, fixed.n_rows[client]) for client in fixed.dataset.client_ids}
+    asked = recipe.evaluation.metrics
     setup = Setup(
         layout=fixed.adapter.layout,
         n_clients=len(fixed.dataset),
@@ -307,6 +316,8 @@ def _side(recipe: Recipe, fixed: _Fixed, secret: int | None = None) -> ClientSid
         record_level=recipe.privacy.record_level,
         diagnose=recipe.runtime.diagnostics,
         own=own,
+        private_head=recipe.adapter.head == "private",
+        answers=Answers(fixed.backbone.tokenizer, recipe.evaluation) if asked else None,
     )
 
 
@@ -322,7 +333,8 @@ def _sharing(recipe: Recipe, fixed: _Fixed, begun: str | None) -> Sharing:
     n_ranks = fixed.accelerator.num_processes
     cohorts = Cohorts.of(recipe, {c.id: c.n_train for c in fixed.dataset}) if n_ranks > 1 else None
     sizes = [] if cohorts is None else [len(chosen) for chosen in cohorts.all()]
-    return sharing(recipe.runtime.parallel, n_ranks, sizes, begun)
+    rows = recipe.task == "causal_lm"
+    return sharing(recipe.runtime.parallel, n_ranks, sizes, begun, rows=rows)
 
 
 def _about(recipe: Recipe, fixed: _Fixed) -> dict[str, str]:

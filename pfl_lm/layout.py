@@ -24,12 +24,17 @@ Vector = Tensor
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One LoRA matrix: the module it adapts, which factor it is, and where it lies."""
+    """One LoRA matrix: the module it adapts, which factor it is, and where it lies.
+
+    A tensor of a new head, ``head``, is trained whole. It counts as B: what it adds is zero at
+    first, and goes where B goes; ``module`` is then its own name.
+    """
 
     module: str
     factor: Factor
     shape: tuple[int, ...]
     start: int
+    head: bool = False
 
     @property
     def name(self) -> str:
@@ -65,8 +70,12 @@ class AdapterLayout:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, matrices: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> AdapterLayout:
-        """Lay the matrices out one after another, in the order given.
+    def of(
+        cls,
+        matrices: Iterable[tuple[str, Factor, tuple[int, ...]]],
+        head: Iterable[tuple[str, tuple[int, ...]]] = (),
+    ) -> AdapterLayout:
+        """Lay the matrices out one after another, in the order given, and a head behind them.
 
         Raises:
             ValueError: a matrix is named twice.
@@ -76,6 +85,9 @@ class AdapterLayout:
         for module, factor, shape in matrices:
             entries.append(Entry(module, factor, tuple(shape), start))
             start = entries[-1].stop
+        for name, shape in head:
+            entries.append(Entry(name, "B", tuple(shape), start, head=True))
+            start = entries[-1].stop
         if len({entry.name for entry in entries}) != len(entries):
             raise ValueError("a matrix is named twice in one layout")
         return cls(tuple(entries))
@@ -84,6 +96,11 @@ class AdapterLayout:
     def d(self) -> int:
         """How many numbers the vector holds."""
         return self.entries[-1].stop if self.entries else 0
+
+    @cached_property
+    def head(self) -> slice:
+        """Where a new head lies, behind all matrices; empty if there is none."""
+        return slice(next((e.start for e in self.entries if e.head), self.d), self.d)
 
     @cached_property
     def pairs(self) -> tuple[tuple[Entry, Entry], ...]:
@@ -208,8 +225,17 @@ class AdapterLayout:
         changed[mask] = part
         return changed
 
+    def with_head(self, vector: Vector, head: Vector) -> Vector:
+        """Return a copy of ``vector`` with another head, laid out as by `head`."""
+        changed = vector.clone()
+        changed[self.head] = head
+        return changed
+
     def without_effect(self, vector: Vector) -> Vector:
-        """Return a copy whose B factors are zero: an adapter that leaves the backbone as it is."""
+        """Return a copy whose B factors are zero: an adapter that leaves the backbone as it is.
+
+        A head then says of every class the same.
+        """
         return vector.masked_fill(self.mask("B", vector.device), 0.0)
 
     def matrix_rms(self, vector: Vector) -> Vector:

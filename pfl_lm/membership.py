@@ -133,8 +133,9 @@ def _refuse_sums(loaded: LoadedRecipe, member: Member, folder: Path) -> None:
 def _dataset(loaded: LoadedRecipe, rows: Mapping[str, ClientRows]) -> FederatedDataset:
     options = loaded.recipe.backbone
     tokenizer = load_tokenizer(find_source(options, lambda text: None), options)
-    lengths = loaded.recipe.own_lengths(rows_to_train(rows))
-    return FederatedDataset.build(rows, tokenizer, *loaded.recipe.data.length, lengths)
+    recipe = loaded.recipe
+    lengths = recipe.own_lengths(rows_to_train(rows))
+    return FederatedDataset.build(rows, tokenizer, *recipe.data.length, lengths, recipe.task_for())
 
 
 def _remove_export(folder: Path, member: Member) -> None:

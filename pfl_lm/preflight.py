@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pfl_lm.data.fitting import refuse_misfit_rows
 from pfl_lm.data.population import Population, read_population
 from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.errors import PflError, RunFolderError
@@ -20,7 +21,7 @@ from pfl_lm.federation.availability import Trace, read_trace
 from pfl_lm.federation.cohort import refuse_small_rounds
 from pfl_lm.federation.folder import LEDGER, LOCK, NOT_BEGUN
 from pfl_lm.model.gguf import converted_folder
-from pfl_lm.model.package import gguf_path
+from pfl_lm.model.package import folder_path, gguf_path
 from pfl_lm.model.targets import refuse_misfit
 from pfl_lm.recipe.checks import (
     refuse_many_threads,
@@ -80,6 +81,7 @@ def _preflight(loaded: LoadedRecipe, *, to_run: bool) -> Population:
     )
     if faults or population is None:
         raise as_one(faults)
+    refuse_misfit_rows(recipe, population.clients)
     return population
 
 
@@ -233,7 +235,12 @@ def _find_backbone(backbone: BackboneOptions) -> Path | None:
 
     Weights that are still to be converted are in none yet.
     """
-    if backbone.package is not None and backbone.gguf_file is not None:
+    if backbone.package is not None:
+        if backbone.folder is not None:
+            folder = folder_path(backbone.package, backbone.folder)
+            refuse_no_model(folder, "backbone.folder")
+            return folder
+        assert backbone.gguf_file is not None
         return converted_folder(gguf_path(backbone.package, backbone.gguf_file))
     folder = Path(backbone.model_name_or_path or "")
     if not folder.is_absolute():  # a Hub id

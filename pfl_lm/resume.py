@@ -143,6 +143,8 @@ def refuse_differences(stored: Recipe, given: LoadedRecipe) -> None:
 def differences(stored: Recipe, given: Recipe, harmless: Set[str]) -> list[str]:
     """Return a line for each key in which two recipes differ, but for those that may."""
     one, other = _flat(stored.run_options()), _flat(given.run_options())
+    if given.data.labels is None:  # those that the run has found in its rows
+        other["data.labels"] = one["data.labels"]
     return [
         f"{key}: {_said(other.get(key))}, and the run began with {_said(one.get(key))}"
         for key in sorted({*one, *other} - harmless)

@@ -159,6 +159,12 @@ def load_case(
             hint="leave the rules out for the measurement: clients=[]",
         )
     _refuse_other_loading(recipe)
+    if recipe.task != "causal_lm":
+        raise RecipeError(
+            f"task: {recipe.task} is not measured: the loops by hand and the stock Trainer are "
+            "those of a causal language model",
+            hint="plan says what a run would take: pfl-lm plan",
+        )
     backbone = load_backbone(recipe.backbone, device, say)
     place = find_source(recipe.backbone).place
     dataset = FederatedDataset.build(rows, backbone.tokenizer, *recipe.data.length)

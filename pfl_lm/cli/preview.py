@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pfl_lm.cli.exits import label, plain
+from pfl_lm.data.labels import task_of
 from pfl_lm.errors import DataError
 from pfl_lm.preflight import check_recipe
 
@@ -47,7 +48,10 @@ def preview(recipe: Path, overrides: list[str], only: str | None = None) -> None
     max_length = options.data.max_length
     names = list(checked.clients)[:MOST_CLIENTS] if only is None else [only]
     lengths = options.own_lengths(rows_to_train(checked.clients))
-    shown = preview_clients(checked.clients, tokenizer, *options.data.length, names, lengths)
+    task = task_of(options, checked.clients)
+    shown = preview_clients(
+        checked.clients, tokenizer, *options.data.length, names, lengths, task=task
+    )
     colour = console.color_system is not None
     marks = "underlined" if colour else f"between {BEFORE} and {AFTER}"
     long = "" if options.data.on_long == "truncate" else f", data.on_long {options.data.on_long}"

@@ -8,7 +8,9 @@ from pathlib import Path
 import typer
 
 from pfl_lm.cli.exits import label, plain
+from pfl_lm.data.labels import task_of
 from pfl_lm.data.sources import sources_said
+from pfl_lm.data.words import quoted
 from pfl_lm.preflight import Checked, check_recipe
 from pfl_lm.recipe.privacy import loose_deltas
 
@@ -37,6 +39,7 @@ def _report(checked: Checked) -> str:
         f"  method      {recipe.method.name}, {recipe.federation.rounds} rounds "
         f"of {recipe.training.length}",
         f"  data        {_data(checked)}",
+        *_labels(checked),
         f"  clients     {len(clients)}, with rows for train / validation / test:",
     ]
     shown = [(label(client), rows) for client, rows in list(clients.items())[:MOST_CLIENTS]]
@@ -54,10 +57,18 @@ def _report(checked: Checked) -> str:
     return "\n".join(lines)
 
 
+def _labels(checked: Checked) -> list[str]:
+    """Say which classes there are, of a task that has some."""
+    task = task_of(checked.loaded.recipe, checked.clients)
+    return [f"  labels      {len(task.labels)}: {quoted(task.labels)}"] if task.labels else []
+
+
 def _data(checked: Checked) -> str:
     """Say the format of the rows, how it is known, and where they are."""
     options = checked.loaded.recipe.data
     format = next(iter(checked.clients.values())).train[0].format
     known = "told by its columns" if options.format == "auto" else "as data.format says"
+    if checked.loaded.recipe.task == "sequence_classification":
+        known = "as task says"
     made = "" if options.partition is None else f"; clients by {options.partition.name}"
     return f"{format}, {known}, from {sources_said(options)}{made}"

@@ -24,6 +24,9 @@ from pfl_lm.data.examples import Example
 IGNORED = -100
 """The label of a token that does not count in the loss, as Hugging Face and PyTorch have it."""
 
+OF_ROWS = ("input_ids", "attention_mask", "labels", "classes", "targets")
+"""What of a batch has one row for each of its own, where it is there."""
+
 _MEGA = 8
 """Micro-batches among whose rows those of like length are put together."""
 
@@ -51,6 +54,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``(batch, seq)``. Labels
         are not shifted: ``labels[:, i]`` is ``input_ids[:, i]`` where supervised, else -100.
         ``positions``, int64 ``(n,)``, are those of `predicting`. ``rows`` are `Rows`.
+
+        Of rows with a class, ``classes``, int64 ``(batch,)``, in the place of the last three; of
+        rows for a decoder, ``targets``, int64 ``(batch, longest target)``: what it is to write at
+        each position, -100 behind its end.
     """
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -62,13 +69,25 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
         attention_mask[row, : len(ids)] = 1
         for first, last in example.spans:
             labels[row, first:last] = ids[first:last]
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if examples[0].label is not None:
+        return {**given, "classes": torch.tensor([example.label for example in examples])}
+    if examples[0].target:
+        return {**given, "targets": _targets(examples)}
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        **given,
         "labels": labels,
         "positions": predicting(labels),
         "rows": Rows(example.input_ids for example in examples),
     }
+
+
+def _targets(examples: Sequence[Example]) -> Tensor:
+    longest = max(len(example.target) for example in examples)
+    targets = torch.full((len(examples), longest), IGNORED, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        targets[row, : len(example.target)] = torch.tensor(example.target, dtype=torch.int64)
+    return targets
 
 
 def predicting(labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a row holds, by its format: a question with its answer, a conversation, or plain text.
+"""What a row holds, by its format: question and answer, a conversation, text, or text and label.
 
 No torch here. A format is told by the columns of the data, see ``formats``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Format = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
+Format = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text", "text_label"]
 Role = Literal["system", "user", "assistant"]
 
 
@@ -62,4 +62,17 @@ class Text:
         return (self.text,)
 
 
-Content: TypeAlias = PromptCompletion | Conversation | Text
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Text, and the name of the class it is of."""
+
+    text: str
+    label: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that tells this content from another of the same format."""
+        return self.text, self.label
+
+
+Content: TypeAlias = PromptCompletion | Conversation | Text | Labelled

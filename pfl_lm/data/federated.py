@@ -21,6 +21,7 @@ from pfl_lm.data.records import Record
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.data.tokenizing import Counts, OnLong, RowTokenizer
 from pfl_lm.data.words import short
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,11 @@ class FederatedDataset:
         self._tokenize = tokenize
         self._own = own or {}
 
+    @property
+    def task(self) -> Task:
+        """What its rows are for, with the names of its classes if it has any."""
+        return self._tokenize.task
+
     @classmethod
     def build(
         cls,
@@ -70,6 +76,7 @@ class FederatedDataset:
         max_length: int,
         on_long: OnLong = "truncate",
         own_lengths: Mapping[str, int] | None = None,
+        task: Task = CAUSAL_LM,
         *,
         kept: Path | None = None,
     ) -> FederatedDataset:
@@ -87,9 +94,9 @@ class FederatedDataset:
         # Before any row; texts are written without a template.
         contents = [row.content for rows in records_by_client.values() for row in rows.train]
         plain_text = bool(contents) and all(isinstance(content, Text) for content in contents)
-        if not plain_text:
+        if not plain_text and task.name == "causal_lm":
             check_tokenizer(tokenizer)
-        common = RowTokenizer(tokenizer, max_length, on_long)
+        common = RowTokenizer(tokenizer, max_length, on_long, task)
         own = {client: common.of_length(n) for client, n in (own_lengths or {}).items()}
         whole = _whole(records_by_client, common, kept)
         clients: dict[str, ClientData] = {}
@@ -161,8 +168,11 @@ class FederatedDataset:
 def _whole(
     clients: Mapping[str, ClientRows], tokenize: RowTokenizer, folder: Path | None
 ) -> Iterator[Example] | None:
-    """Yield all train and validation rows in tokens, client by client; None if none are kept."""
-    if folder is None:
+    """Yield all train and validation rows in tokens, client by client; None if none are kept.
+
+    What is kept has tokens and spans and nothing else: rows of other tasks have more.
+    """
+    if folder is None or tokenize.task.name != "causal_lm":
         return None
     rows = [row for _, own in sorted(clients.items()) for row in (*own.train, *own.validation)]
     contents = [row.content for row in rows]

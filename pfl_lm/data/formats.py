@@ -5,9 +5,11 @@
     alpaca              instruction, output, perhaps input
     sharegpt            conversations: [{"from": "system" | "human" | "gpt", "value": ...}, ...]
     text                text
+    text_label          text, label
 
 A file is of one format. Where the columns of two are there, ``data.format`` must say which is
-meant: nothing is guessed.
+meant: nothing is guessed. ``text_label`` is never told by its columns, for a text may well have a
+label that is not to be learnt: it is the format of ``task: sequence_classification``.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from collections.abc import Collection, Mapping
 from typing import get_args
 
 from pfl_lm.data.cells import Cells
-from pfl_lm.data.content import Content, Conversation, Format, PromptCompletion, Text
+from pfl_lm.data.content import Content, Conversation, Format, Labelled, PromptCompletion, Text
 from pfl_lm.data.turns import CONVERSATIONS, MESSAGES, read_turns
+from pfl_lm.recipe.task import label_fault
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 COLUMNS_SAID: Mapping[Format, str] = {
@@ -26,8 +29,10 @@ COLUMNS_SAID: Mapping[Format, str] = {
     "alpaca": "`instruction` and `output` (and perhaps `input`)",
     "sharegpt": "`conversations`",
     "text": "`text`",
+    "text_label": "`text` and `label`",
 }
-ANY_SAID = f"{', '.join(list(COLUMNS_SAID.values())[:-1])}, or `text`"
+_TOLD: tuple[Format, ...] = ("prompt_completion", "messages", "alpaca", "sharegpt", "text")
+ANY_SAID = f"{', '.join(COLUMNS_SAID[format] for format in _TOLD[:-1])}, or `text`"
 
 _COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response")),
@@ -35,6 +40,7 @@ _COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction",), ("output",)),
     "sharegpt": (("conversations",),),
     "text": (("text",),),
+    "text_label": (("text",), ("label",)),
 }
 _HALVES: Collection[Format] = ("prompt_completion", "alpaca")
 """The formats of a question and an answer in columns of their own."""
@@ -48,8 +54,8 @@ def formats_of(columns: Collection[str]) -> list[Format]:
     """
     found = [
         format
-        for format, needed in _COLUMNS.items()
-        if all(any(name in columns for name in names) for names in needed)
+        for format in _TOLD
+        if all(any(name in columns for name in names) for names in _COLUMNS[format])
     ]
     half = [
         format
@@ -76,8 +82,18 @@ def read_content(format: Format, cells: Cells) -> Content:
             return _instruction(cells)
         case "text":
             return Text(cells.text("text"))
+        case "text_label":
+            return Labelled(cells.text("text"), _label(cells))
         case "prompt_completion":
             return _prompt_completion(cells)
+
+
+def _label(cells: Cells) -> str:
+    n_faults = len(cells.faults)
+    label = cells.identifier("label", "label", "the column 'label'")
+    if len(cells.faults) == n_faults and (fault := label_fault(label)):
+        cells.faults.append(f"'label' {fault}")
+    return label
 
 
 def _prompt_completion(cells: Cells) -> PromptCompletion:

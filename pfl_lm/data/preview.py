@@ -18,6 +18,7 @@ from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.splits import ClientRows
 from pfl_lm.data.tokenizing import OnLong
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ def preview_clients(
     on_long: OnLong = "truncate",
     shown: Collection[str] | None = None,
     own_lengths: Mapping[str, int] | None = None,
+    task: Task = CAUSAL_LM,
 ) -> list[ClientPreview]:
     """Tokenize all rows and look at each client, or at those ``shown``, in the order of their ids.
 
@@ -110,7 +112,7 @@ def preview_clients(
         ModelError: the tokenizer has no chat template, or is not a fast one.
         DataError: the template cannot write a row.
     """
-    dataset = FederatedDataset.build(rows_by_client, tokenizer, _WHOLE)
+    dataset = FederatedDataset.build(rows_by_client, tokenizer, _WHOLE, task=task)
     examples = {
         client.id: {
             "train": client.train,
@@ -126,7 +128,7 @@ def preview_clients(
     )
 
     def kept(example: Example, longest: int) -> Example | None:
-        left_out = on_long == "drop" and len(example.input_ids) > longest
+        left_out = on_long == "drop" and example.n_longest > longest
         return None if left_out else example.cut(longest)
 
     previews = []
@@ -134,7 +136,7 @@ def preview_clients(
         splits = examples[client]
         n_rows = {name: len(getattr(rows_by_client[client], name)) for name in splits}
         of_client = partial(kept, longest=(own_lengths or {}).get(client, max_length))
-        previews.append(_client(client, splits, n_rows, owners, tokenizer, of_client))
+        previews.append(_client(client, splits, n_rows, owners, tokenizer, of_client, task))
     return previews
 
 
@@ -145,6 +147,7 @@ def _client(
     owners: Counter[Tokens],
     tokenizer: PreTrainedTokenizerBase,
     kept: Kept,
+    task: Task,
 ) -> ClientPreview:
     everything = [example for examples in splits.values() for example in examples]
     different = {name: {e.input_ids for e in examples} for name, examples in splits.items()}
@@ -162,7 +165,7 @@ def _client(
             if different[a] & different[b]
         },
         elsewhere=sum(owners[row] > (row in different["train"]) for row in held_out),
-        example=() if shown is None else tuple(pieces(shown, tokenizer)),
+        example=() if shown is None else tuple(pieces(shown, tokenizer, task)),
         example_cut_from=None if whole == shown or whole is None else len(whole.input_ids),
     )
 
@@ -177,8 +180,22 @@ def _split(n_rows: int, examples: Sequence[Example], kept: Kept) -> SplitPreview
     )
 
 
-def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """Yield an example's text, in stretches that are supervised or are not."""
+def pieces(
+    example: Example, tokenizer: PreTrainedTokenizerBase, task: Task = CAUSAL_LM
+) -> Iterator[Piece]:
+    """Yield an example's text, in stretches that are supervised or are not.
+
+    Behind it comes, on a line of its own, its class or what a decoder is to write.
+    """
+    if example.label is not None or example.target:
+        text = tokenizer.decode(example.input_ids, clean_up_tokenization_spaces=False)
+        yield Piece(f"{text}\n", supervised=False)
+        if example.label is not None:
+            yield Piece(task.labels[example.label], supervised=True)
+        else:
+            told = tokenizer.decode(example.target, clean_up_tokenization_spaces=False)
+            yield Piece(told, supervised=True)
+        return
     marked = zip(supervised(example), example.input_ids, strict=True)
     for mark, stretch in groupby(marked, key=lambda pair: pair[0]):
         ids = [token for _, token in stretch]

@@ -136,7 +136,9 @@ def _what_is_read(files: Sequence[Source], format: Format | None) -> str:
 
 
 def _joined(format: Format | None) -> str:
-    return ", " if format == "prompt_completion" else " and " if format else ", and with "
+    if format in ("prompt_completion", "text_label"):
+        return ", "
+    return " and " if format else ", and with "
 
 
 def _check_columns(path: str, reader: RowReader, hint: str) -> None:

@@ -29,7 +29,7 @@ def render_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
     check_text_tokenizer(tokenizer)
     encoded = tokenizer(text, add_special_tokens=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
-    if not _ends_itself(tokenizer, ids, encoded.sequence_ids()):
+    if not ends_itself(tokenizer, ids, encoded.sequence_ids()):
         ids = [*ids, tokenizer.eos_token_id]
     return Example(tuple(ids), ((1, len(ids)),) if len(ids) > 1 else ())
 
@@ -48,7 +48,7 @@ def check_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _ends_itself(
+def ends_itself(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], sources: list[int | None]
 ) -> bool:
     """Say whether the tokenizer wrote the end-of-text token: it then comes from no text."""

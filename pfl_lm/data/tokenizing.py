@@ -12,6 +12,7 @@ from pfl_lm.data.records import Record
 from pfl_lm.data.render import render
 from pfl_lm.data.words import short
 from pfl_lm.errors import DataError
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class RowTokenizer:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     on_long: OnLong = "truncate"
+    task: Task = CAUSAL_LM
     said: int | None = None
     _known: dict[int, int] = field(default_factory=dict)
     _too_long: Problems = field(default_factory=Problems)
@@ -73,7 +75,7 @@ class RowTokenizer:
         truncated = long = 0
         for row in rows:
             example = self.whole(row) if whole is None else next(whole)
-            n_tokens = len(example.input_ids)
+            n_tokens = example.n_longest
             is_long = n_tokens > self.max_length
             if is_long and self.on_long == "drop":
                 long += 1
@@ -115,11 +117,11 @@ class RowTokenizer:
             DataError: the template cannot write it.
         """
         try:
-            made = render(self.tokenizer, row.content)
+            made = render(self.tokenizer, row.content, self.task)
         except DataError as error:
             raise DataError(f"{_where(row)}: {error.message}", hint=error.hint) from error
         ids = tuple(self._known.setdefault(token, token) for token in made.input_ids)
-        return Example(ids, made.spans)
+        return replace(made, input_ids=ids)
 
 
 def _where(row: Record) -> str:

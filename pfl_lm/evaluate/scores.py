@@ -11,7 +11,7 @@ import torch
 
 from pfl_lm.data.batches import evaluation_batches, longest_first
 from pfl_lm.layout import Vector
-from pfl_lm.train.loss import nll_by_row
+from pfl_lm.train.loss import guessed
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
@@ -26,10 +26,14 @@ class RowScores:
     Attributes:
         nll: summed negative log-likelihood of each row's supervised tokens, nats.
         tokens: supervised tokens of each row.
+        right: how many of them are the model's first guess.
+        classes: the number of the class that is its first guess; empty where rows have none.
     """
 
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
+    right: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -60,19 +64,28 @@ def score(
     if share is not None:
         mine = longest_first(mine, [len(example.input_ids) for example in examples])
         mine = mine[share.rank :: share.n_ranks]
-    nll = torch.zeros(len(examples), dtype=torch.float64)
+    found = torch.zeros(3, len(examples), dtype=torch.float64)  # nll, right, class
     for indices, batch in evaluation_batches([examples[i] for i in mine], batch_size, pad_token_id):
         placed = {name: tensor.to(vector.device) for name, tensor in batch.items()}
-        for index, value in zip(indices, nll_by_row(adapter.forward, placed).tolist(), strict=True):
-            nll[mine[index]] = value
+        guess = guessed(adapter.forward, placed)
+        numbers = [guess.nll, guess.right, *([] if guess.classes is None else [guess.classes])]
+        of_batch = torch.stack([each.float() for each in numbers]).cpu().double()
+        found[: len(numbers), [mine[i] for i in indices]] = of_batch
         if on_rows is not None and share is None:
             on_rows(len(indices))
     if share is not None:
-        nll = nll.to(vector.device)
-        share.add_up(nll)
+        found = found.to(vector.device)
+        share.add_up(found)
         if on_rows is not None:
             on_rows(len(examples))
-    return RowScores(tuple(nll.tolist()), tuple(example.n_supervised for example in examples))
+    nll, right, classes = found.tolist()
+    classified = any(example.label is not None for example in examples)
+    return RowScores(
+        nll=tuple(nll),
+        tokens=tuple(example.n_supervised for example in examples),
+        right=tuple(map(int, right)),
+        classes=tuple(map(int, classes)) if classified else (),
+    )
 
 
 def paired_difference(a: RowScores, b: RowScores) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -39,6 +40,9 @@ from pfl_lm.recipe import Recipe
 CARD = "README.md"
 
 
+Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
 @dataclass(frozen=True, slots=True)
 class ClientResult:
     """What one client got out of a run.
@@ -48,6 +52,7 @@ class ClientResult:
         scores: nats a supervised token, by split, then candidate, after the last round.
         sha256: of its ``adapter_model.safetensors``.
         spent: what its data has spent of privacy, where the recipe has a lever for it.
+        metrics: other numbers, by split, then candidate, then name.
     """
 
     client: str
@@ -56,6 +61,7 @@ class ClientResult:
     scores: dict[str, dict[str, float]]
     sha256: str
     spent: ClientSpent = NO_LEVER
+    metrics: Metrics = field(default_factory=dict)
 
 
 def export_adapters(
@@ -69,15 +75,15 @@ def export_adapters(
     """Write ``adapters/<slug>/`` for every client, ``global/`` and, last, ``adapters.json``.
 
     A client for whom the backbone won gets an adapter whose B is zero, so that everyone's loads the
-    same way. ``global/`` is written for methods that have a global candidate. Each folder's card is
-    its last file.
+    same way. ``global/`` is written for methods that have a global candidate, unless every client
+    has a head of its own: then there is none for all. Each folder's card is its last file.
 
     Raises:
         ExportError: an adapter does not read back as written.
         RunFolderError: the folder cannot be written.
     """
     run = _run_facts(recipe, side, backbone)
-    scores, traffic = _final_scores(ledger), ledger.traffic()
+    scores, metrics, traffic = _final_scores(ledger), _final_metrics(ledger), ledger.traffic()
     spent = spent_by_client(ledger.summaries(), recipe.privacy, side.dataset.client_ids)
     results = []
     for client, choice in ledger.choices().items():
@@ -96,11 +102,20 @@ def export_adapters(
             layout=side.layout_of(client),
             options=side.own[client].adapter,
         )
-        result = ClientResult(client, slug, choice, scores[client], sha256, spent[client])
+        result = ClientResult(
+            client,
+            slug,
+            choice,
+            scores[client],
+            sha256,
+            spent[client],
+            metrics.get(client, {}),
+        )
         card = client_card(run, _client_facts(result, side, traffic.get(client, (0, 0, 0))))
         write_atomically(place / CARD, card.encode())
         results.append(result)
-    if (shared := side.shared(server)) is not None:
+    shared = None if side.private_head else side.shared(server)
+    if shared is not None:
         export_adapter(side.adapter, shared, backbone, folder / "global")
         write_atomically(
             folder / "global" / CARD, global_card(run, scores, largest(spent)).encode()
@@ -121,11 +136,26 @@ def _run_facts(recipe: Recipe, side: ClientSide, backbone: Backbone) -> RunFacts
     if recipe.backbone.quantization != "none":
         packages.append("bitsandbytes")
     return RunFacts(
-        recipe=recipe,
-        base=BaseModel(hub_id(backbone.name), backbone.revision, _dtype(backbone), _prompts(side)),
+        recipe=_as_adapted(recipe, side),
+        base=BaseModel(
+            hub_id(backbone.name),
+            backbone.revision,
+            _dtype(backbone),
+            _prompts(side),
+            backbone.task,
+        ),
         clients=frozenset(side.dataset.client_ids),
         versions={"pfl-lm": pfl_lm.__version__, **{name: version(name) for name in packages}},
     )
+
+
+def _as_adapted(recipe: Recipe, side: ClientSide) -> Recipe:
+    """Return the recipe with its target modules by the names they have in this backbone."""
+    targets = sorted(side.adapter.config.target_modules)
+    if targets == sorted(recipe.adapter.target_modules):
+        return recipe
+    adapter = recipe.adapter.model_copy(update={"target_modules": targets})
+    return recipe.model_copy(update={"adapter": adapter})
 
 
 def _client_facts(
@@ -143,6 +173,7 @@ def _client_facts(
         bytes_up=bytes_up,
         spent=result.spent,
         own=side.own[result.client],
+        metrics=result.metrics,
     )
 
 
@@ -168,6 +199,14 @@ def _final_scores(ledger: Ledger) -> dict[str, dict[str, dict[str, float]]]:
     return scores
 
 
+def _final_metrics(ledger: Ledger) -> dict[str, Metrics]:
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for client, split, candidate, metric, value in ledger.final_metrics():
+        of_split = found.setdefault(client, {}).setdefault(split, {})
+        of_split.setdefault(candidate, {})[metric] = value
+    return dict(found)
+
+
 def _index(
     recipe: Recipe, results: list[ClientResult], side: ClientSide, backbone: Backbone
 ) -> AdapterIndex:
@@ -179,6 +218,8 @@ def _index(
             rounds=recipe.federation.rounds,
             turn=_turn(side),
             prompts=_prompts(side),
+            task=backbone.task.name,
+            labels=list(backbone.task.labels) or None,
         ),
         base=BaseEntry(
             model_name_or_path=backbone.name, revision=backbone.revision, dtype=_dtype(backbone)

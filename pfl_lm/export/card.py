@@ -21,7 +21,15 @@ from pfl_lm.export.card_sections import (
     score_table,
     versions_and_recipe,
 )
-from pfl_lm.export.card_text import Place, front_matter, load_section, number, safe, table
+from pfl_lm.export.card_text import (
+    Place,
+    front_matter,
+    load_section,
+    number,
+    safe,
+    table,
+    unit,
+)
 from pfl_lm.export.index import BASE
 from pfl_lm.privacy.spent import NO_LEVER, ClientSpent
 
@@ -72,12 +80,12 @@ def global_card(
         what=what,
         place=Place("global", remark=_SEEN_FROM),
         made=lineage(run, None),
-        scores=_mean_and_worst(scores),
+        scores=_mean_and_worst(scores, unit(run.base)),
         limited=limits(run, spent, shared=True, uploads=True),
     )
 
 
-def _mean_and_worst(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def _mean_and_worst(scores: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str) -> str:
     split = "test" if all("test" in of_client for of_client in scores.values()) else "validation"
     rows = []
     for name in (BASE, "global"):
@@ -85,7 +93,7 @@ def _mean_and_worst(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         mean = math.fsum(losses) / len(losses)
         rows.append((name, CANDIDATES[name], number(mean), number(max(losses))))
     return (
-        f"Loss on the clients' own {split} rows, nats a supervised token, lower is better; every "
+        f"Loss on the clients' own {split} rows, nats a {unit}, lower is better; every "
         "client counts the same.\n\n"
         + table(("model", "what it is", "mean", "worst client"), rows, right=(2, 3))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,7 @@ class ClientFacts:
         bytes_down: adapter tensors it was sent, over all its turns; ``bytes_up`` those it sent.
         spent: what its data has spent of privacy.
         own: what it went by; None if that was the recipe's, as all others.
+        metrics: other numbers, by split, then candidate, then name.
     """
 
     client: str
@@ -67,6 +68,7 @@ class ClientFacts:
     bytes_up: int
     spent: ClientSpent = NO_LEVER
     own: Own | None = None
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 def base_name(base: BaseModel) -> str:
@@ -126,7 +128,7 @@ def _package(recipe: Recipe) -> str:
     backbone = recipe.backbone
     if backbone.package is None:
         return ""
-    file = backbone.gguf_file or ""
+    file = backbone.gguf_file or backbone.folder or ""
     named = f"`{file}`" if re.fullmatch(r"[\w./-]+", file, re.ASCII) else safe(file)
     return f", {named} from the package `{backbone.package}`"
 
@@ -139,6 +141,9 @@ def score_table(facts: ClientFacts) -> str:
     """Return every candidate's loss on test rows, or on validation rows where there are none."""
     split = "test" if "test" in facts.scores else "validation"
     scores = facts.scores[split]
+    metrics = facts.metrics.get(split, {})
+    classes = any("accuracy" in of_model for of_model in metrics.values())
+    beside = ("accuracy", "macro_f1") if classes else ()
     known = [name for name in CANDIDATES if name in scores]
     rows = []
     for name in [*known, *sorted(scores.keys() - CANDIDATES.keys())]:
@@ -149,14 +154,18 @@ def score_table(facts: ClientFacts) -> str:
                 CANDIDATES.get(name, ""),
                 number(scores[name]),
                 "" if name == BASE else f"{scores[name] - scores[BASE]:+.4f}",
+                *(number(metrics.get(name, {}).get(metric)) for metric in beside),
             )
         )
     n_rows = facts.rows.test if split == "test" else facts.rows.validation
     own = count(n_rows, f"{split} row")
     when = "read once, after the choice" if split == "test" else "those the choice was made on"
+    named = (name.replace("_", "-") for name in beside)
+    head = ("model", "what it is", "loss", "minus base", *named)
+    each = "row" if classes else "supervised token"
     return (
-        f"Loss on this client's own {own} ({when}), nats a supervised token, lower is "
-        f"better.\n\n{table(('model', 'what it is', 'loss', 'minus base'), rows, right=(2, 3))}"
+        f"Loss on this client's own {own} ({when}), nats a {each}, lower is "
+        f"better.\n\n{table(head, rows, right=range(2, len(head)))}"
     )
 
 
@@ -207,10 +216,13 @@ def _limits(run: RunFacts, spent: ClientSpent, *, shared: bool, uploads: bool) -
             "client's upload by itself; unless the recipe below says so, nothing was encrypted "
             "against it and no noise was added."
         )
-    yield (
-        "The scores are losses on few rows of one client: they say that its texts became more "
-        "likely, not that answers are right, safe or fit for another purpose."
-    )
+    if run.base.task.classifies:
+        yield "The scores are of few rows of one client: they say little of texts of another kind."
+    else:
+        yield (
+            "The scores are losses on few rows of one client: they say that its texts became more "
+            "likely, not that answers are right, safe or fit for another purpose."
+        )
     yield (
         "It changes only the base model named above, whose licence and limits apply. Nothing here "
         "says under which licence the training data may be used."

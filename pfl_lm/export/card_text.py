@@ -14,11 +14,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pfl_lm.export.index import AdapterIndex, Prompts
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
 _LONGEST = 120
 _TAGS = ("lora", "transformers", "federated-learning", "personalization", "pfl-lm")
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "seq2seq_lm": "text2text-generation",
+}
+_MODELS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
 _OPEN, _CLOSE = "<!-- pfl-lm: load -->\n", "<!-- /pfl-lm: load -->\n"
 
 
@@ -27,13 +38,14 @@ class BaseModel:
     """The backbone as a card names it, and how it is spoken to.
 
     ``hub_id`` is None where it is only a folder somewhere; ``prompts`` is ``text`` where the data
-    was learnt without a chat template.
+    was learnt without a chat template; ``task`` is what it is for.
     """
 
     hub_id: str | None
     revision: str | None
     dtype: str
     prompts: Prompts = "chat"
+    task: Task = CAUSAL_LM
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,14 @@ def hub_id(name: str | None) -> str | None:
 
 def base_model(index: AdapterIndex) -> BaseModel:
     """Return the base model of an index as a card names it."""
-    base = index.base
-    return BaseModel(hub_id(base.model_name_or_path), base.revision, base.dtype, index.run.prompts)
+    base, run = index.base, index.run
+    task = Task(run.task, tuple(run.labels or ()))
+    return BaseModel(hub_id(base.model_name_or_path), base.revision, base.dtype, run.prompts, task)
+
+
+def unit(base: BaseModel) -> str:
+    """Return what a loss is by: nats a row, where each has one class, else a supervised token."""
+    return "row" if base.task.classifies else "supervised token"
 
 
 def safe(text: str) -> str:
@@ -81,7 +99,7 @@ def front_matter(base: BaseModel) -> str:
     lines = ["---"]
     if base.hub_id is not None:
         lines += [f"base_model: {json.dumps(base.hub_id)}", "base_model_relation: adapter"]
-    lines += ["library_name: peft", "pipeline_tag: text-generation", "tags:"]
+    lines += ["library_name: peft", f"pipeline_tag: {_PIPELINES[base.task.name]}", "tags:"]
     lines += [f"- {tag}" for tag in _TAGS]
     if base.hub_id is not None:
         lines.append(f"- {json.dumps(f'base_model:adapter:{base.hub_id}')}")
@@ -89,7 +107,10 @@ def front_matter(base: BaseModel) -> str:
 
 
 def load_section(base: BaseModel, place: Place) -> str:
-    """Return code that loads an adapter and asks it something, between the marks of a section."""
+    """Return code that loads an adapter and asks it something, between the marks of a section.
+
+    The names of classes are in it as Python writes them, in ASCII.
+    """
     code = fenced("\n".join(_code(base, place)), "python")
     return f"{_OPEN}{code}{_CLOSE}"
 
@@ -111,7 +132,8 @@ def _code(base: BaseModel, place: Place) -> Iterable[str]:
         at = f", revision={quoted(base.revision)}"
     lookup = base.hub_id is None and place.subfolder is None
     yield f"from peft import {'PeftConfig, ' if lookup else ''}PeftModel"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    model = _MODELS[base.task.name]
+    yield f"from transformers import {model}, AutoTokenizer"
     yield ""
     yield f"adapter = {quoted(place.name)}{place.remark}"
     if base.hub_id is not None:
@@ -121,9 +143,28 @@ def _code(base: BaseModel, place: Place) -> Iterable[str]:
     else:
         yield 'base = "path/of/the/base/model"  # it was a folder, not a model on the Hub'
     yield f"tokenizer = AutoTokenizer.from_pretrained(base{at})"
-    yield f"model = AutoModelForCausalLM.from_pretrained(base{at}, dtype={quoted(base.dtype)})"
+    dtype = f"dtype={quoted(base.dtype)}"
+    if base.task.classifies:
+        yield f"labels = {list(base.task.labels)!a}"
+        yield f"model = {model}.from_pretrained("
+        yield f"    base{at}, {dtype}, pad_token_id=tokenizer.pad_token_id,"
+        yield "    id2label=dict(enumerate(labels)),"
+        yield "    label2id={label: number for number, label in enumerate(labels)},"
+        yield ")"
+    else:
+        yield f"model = {model}.from_pretrained(base{at}, {dtype})"
     yield f"model = PeftModel.from_pretrained(model, adapter{in_folder})"
     yield ""
+    if base.task.classifies:
+        yield 'text = tokenizer("A text to tell the class of.", return_tensors="pt")'
+        yield "chances = model.eval()(**text).logits[0].softmax(-1).tolist()"
+        yield "print(dict(zip(labels, chances)))"
+        return
+    if base.task.name == "seq2seq_lm":
+        yield 'prompt = tokenizer("What is asked.", return_tensors="pt")'
+        yield "answer = model.generate(**prompt, max_new_tokens=64)[0]"
+        yield "print(tokenizer.decode(answer, skip_special_tokens=True))"
+        return
     if base.prompts == "text":
         yield 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
     else:

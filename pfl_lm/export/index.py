@@ -9,12 +9,22 @@ from __future__ import annotations
 import os
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pfl_lm.errors import ExportError
 from pfl_lm.recipe.scalars import brief
+from pfl_lm.recipe.task import MOST_LABELS, TaskName
 from pfl_lm.sealed import read_sealed
 
 NAME = "adapters.json"
@@ -46,13 +56,30 @@ class _Strict(BaseModel):
 
 
 class RunEntry(_Strict):
-    """The run as a whole: rounds, how long one client's turn in a round is, how it was prompted."""
+    """The run as a whole: rounds, how long one client's turn in a round is, how it was prompted.
+
+    ``task`` and ``labels`` are written for other tasks than causal_lm only, and for classes.
+    """
 
     name: RunName
     method: Name
     rounds: Count
     turn: Line
     prompts: Prompts
+    task: TaskName = "causal_lm"
+    labels: Annotated[list[Line], Field(max_length=MOST_LABELS)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _short(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain = {"task": "causal_lm", "labels": None}
+        content: dict[str, Any] = written(self)
+        return {k: value for k, value in content.items() if k not in plain or value != plain[k]}
+
+    @model_validator(mode="after")
+    def _labels_of_classes(self) -> Self:
+        if (self.task == "sequence_classification") != bool(self.labels):
+            raise ValueError("labels are there for classes, and only for them")
+        return self
 
 
 class BaseEntry(_Strict):

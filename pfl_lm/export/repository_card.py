@@ -11,6 +11,7 @@ from pfl_lm.export.card_text import (
     number,
     safe,
     table,
+    unit,
 )
 from pfl_lm.export.index import BASE, AdapterIndex, ClientEntry
 
@@ -33,7 +34,8 @@ def repository_card(index: AdapterIndex, repo: str) -> str:
             "## Use one\n",
             load_section(base, Place(repo, subfolder=f"clients/{first.slug}")),
             "## Clients\n",
-            "Loss on each client's own held-out rows, nats a supervised token, lower is better. "
+            "Loss on each client's own held-out rows, nats a "
+            f"{unit(base)}, lower is better. "
             "Where its model is base, no candidate beat the untouched backbone, and the adapter "
             "changes nothing. Rows are those it was trained on.\n",
             table(_HEAD, rows, right=(3, 5, 6, 7)),

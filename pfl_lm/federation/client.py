@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import FederatedDataset
 from pfl_lm.data.words import short
 from pfl_lm.errors import DivergedError
 from pfl_lm.evaluate import BASE, RowScores, choose, score
+from pfl_lm.evaluate.answers import Answers
+from pfl_lm.evaluate.metrics import metrics_of
 from pfl_lm.federation.faults import (
     attempted,
     in_smaller_batches,
@@ -25,6 +27,7 @@ from pfl_lm.federation.faults import (
 )
 from pfl_lm.federation.history import StateFile
 from pfl_lm.federation.messages import Assignment, Score, Split, Update
+from pfl_lm.federation.own_head import apart, with_own_head
 from pfl_lm.federation.store import Store
 from pfl_lm.federation.watch import Watch
 from pfl_lm.layout import AdapterLayout, Vector
@@ -48,7 +51,9 @@ class ClientSide:
     uploads and candidates, and fit into the one resident adapter.
 
     With a ``share`` several ranks take every task together, each its part of the rows, and all come
-    to the same; the first of them alone writes the client's state.
+    to the same; the first of them alone writes the client's state. With ``private_head`` each
+    client keeps a head of its own. With ``answers`` final scores have metrics of what the chosen
+    model and the backbone write.
     """
 
     method: Method
@@ -62,6 +67,8 @@ class ClientSide:
     group_by_length: bool = False
     record_level: RecordLevelOptions | None = None
     diagnose: bool = False
+    private_head: bool = False
+    answers: Answers | None = None
     base: dict[tuple[str, Split], RowScores] = field(default_factory=dict)
     share: Share | None = None
     own: Mapping[str, Own] = field(default_factory=dict)
@@ -89,9 +96,13 @@ class ClientSide:
                 return self._finish(task)
 
     def state(self, client: str, file: StateFile | None) -> ClientState:
-        """Return the state a client's last turn was committed with, or the one it begins with."""
+        """Return the state a client's last turn was committed with, or the one it begins with.
+
+        With it a head of its own is kept: see `apart`.
+        """
         info = ClientInfo(client, self.dataset.n_train(client), self.layout_of(client))
-        first = self.method.init_client(info, self.start_of(client))
+        head = self.start[self.adapter.layout.head].clone() if self.private_head else None
+        first = with_own_head(self.method.init_client(info, self.start_of(client)), head)
         if file is None:
             return first
         state = self.store.load_client(file)
@@ -99,9 +110,16 @@ class ClientSide:
         return state
 
     def candidates(self, client: str, sent: Broadcast, file: StateFile | None) -> dict[str, Vector]:
-        """Return every model that could be this client's, the method's own first, base last."""
-        found = dict(self.method.candidates(sent, self.state(client, file)))
-        return {**found, BASE: self.layout_of(client).without_effect(self.start_of(client))}
+        """Return every model that could be this client's, the method's own first, base last.
+
+        All but the last have the client's own head, if it has one.
+        """
+        layout = self.layout_of(client)
+        state, head = apart(self.state(client, file))
+        found = dict(self.method.candidates(sent, state))
+        if head is not None:
+            found = {name: layout.with_head(vector, head) for name, vector in found.items()}
+        return {**found, BASE: layout.without_effect(self.start_of(client))}
 
     def shared(self, server: ServerState) -> Vector | None:
         """Return the shared adapter as the server has it, whole; None if the method has none."""
@@ -150,22 +168,26 @@ class ClientSide:
             halved=task.halved,
             last=task.last,
         )
-        before = self.state(task.client, task.state)
+        before, head = apart(self.state(task.client, task.state))
+        run.head = head
         upload, state = self.method.turn(task.sent, before, run)
+        kept = with_own_head(state, run.head)
         if run.diagnostics is not None:
             run.summary.update(run.diagnostics.summary(task.sent.vectors))
         if task.check_loss:
             start, end = before.vectors["weights"], state.vectors["weights"]
+            run.head, own = head, run.head
             run.summary["batches_before"] = run.mean_loss(start, task.steps)
+            run.head = own
             run.summary["batches_after"] = run.mean_loss(end, task.steps)
-        refuse_not_finite("state", state.vectors)
+        refuse_not_finite("state", kept.vectors)
         refuse_not_finite("upload", upload.vectors)
         return Update(
             run=task.run,
             round=task.round,
             client=task.client,
             upload=upload,
-            state=self._saved(task, state, upload),
+            state=self._saved(task, kept, upload),
             steps_done=int(run.summary.pop("steps_done")),
             summary=run.summary,
             seconds=time.perf_counter() - began,
@@ -203,10 +225,14 @@ class ClientSide:
             for name, vector in candidates.items()
         }
         choice = choose(scored, default=next(iter(candidates)))
-        scores = [_score("validation", name, found) for name, found in scored.items()]
+        scores = [_final("validation", name, found, rows) for name, found in scored.items()]
         if test := self.dataset.test(task.client):
             for name, vector in candidates.items():
-                scores.append(_score("test", name, self._rows(task, "test", name, vector, test)))
+                found = self._rows(task, "test", name, vector, test)
+                scores.append(_final("test", name, found, test))
+        if self.answers is not None:
+            asked = {name: candidates[name] for name in (choice.candidate, BASE)}
+            scores = self._with_answers(scores, self.answers, asked, rows, test)
         return Update(
             run=task.run,
             round=task.round,
@@ -215,6 +241,27 @@ class ClientSide:
             choice=choice,
             seconds=time.perf_counter() - began,
         )
+
+    def _with_answers(
+        self,
+        scores: list[Score],
+        answers: Answers,
+        asked: dict[str, Vector],
+        validation: tuple[Example, ...],
+        test: tuple[Example, ...],
+    ) -> list[Score]:
+        """Let the models ``asked`` write answers; return the scores with what came of it."""
+        rows = {"validation": validation, "test": test}
+        found = {
+            (split, name): answers.metrics(self.adapter, vector, rows[split])
+            for name, vector in asked.items()
+            for split in rows
+            if rows[split]
+        }
+        return [
+            replace(s, metrics={**s.metrics, **found.get((s.split, s.candidate), {})})
+            for s in scores
+        ]
 
     def _rows(
         self,
@@ -249,6 +296,11 @@ class ClientSide:
         if name == BASE:
             self.base[task.client, split] = scored
         return scored
+
+
+def _final(split: Split, candidate: str, found: RowScores, rows: tuple[Example, ...]) -> Score:
+    metrics = metrics_of(found, [row.label for row in rows])
+    return replace(_score(split, candidate, found), metrics=metrics)
 
 
 def _score(split: Split, candidate: str, rows: RowScores) -> Score:

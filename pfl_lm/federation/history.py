@@ -214,6 +214,25 @@ class History:
             "SELECT round, client, split, candidate, nll FROM scores ORDER BY 1, 2, 3, 4"
         )
 
+    def measured(self) -> Iterator[tuple[int, str, str, str, str, float]]:
+        """Yield every number of a score: (round, client, split, candidate, metric, value).
+
+        In that order, but the loss, ``nll``, comes first. Final scores alone have others.
+        """
+        rows = self._each(
+            "SELECT round, client, split, candidate, 0, 'nll', nll FROM scores UNION ALL "
+            "SELECT round, client, split, candidate, 1, metric, value FROM metrics "
+            "ORDER BY 1, 2, 3, 4, 5, 6"
+        )
+        return ((*at, metric, value) for *at, _, metric, value in rows)
+
+    def final_metrics(self) -> list[tuple[str, str, str, str, float]]:
+        """Return the metrics of each client's choice: (client, split, candidate, metric, value)."""
+        return self._ask(
+            "SELECT client, split, metrics.candidate, metric, value FROM metrics "
+            "JOIN choices USING (client, round) ORDER BY 1, 2, 3, 4"
+        )
+
     def final_scores(self) -> list[tuple[str, str, str, float, int, int]]:
         """Return the scores of each client's choice: (client, split, candidate, nll, rows, tokens).
 

@@ -20,7 +20,7 @@ from pfl_lm.federation.messages import Fault, Update
 from pfl_lm.federation.schema import connect, explained
 from pfl_lm.layout import Vector
 
-ABOUT_A_CLIENT = ("choices", "scores", "faults", "turns", "cohorts", "clients")
+ABOUT_A_CLIENT = ("choices", "metrics", "scores", "faults", "turns", "cohorts", "clients")
 """Tables with a column ``client``, each before those it refers to."""
 
 INSERT_ABOUT = "INSERT OR REPLACE INTO run VALUES (?, ?)"
@@ -28,7 +28,7 @@ INSERT_MEMBER = "INSERT INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 FORGET_FINISHED = ("DELETE FROM run WHERE key = 'finished'", [()])
 NO_ROUNDS = tuple(
     (f"DELETE FROM {table}", [()])
-    for table in ("choices", "scores", "faults", "turns", "cohorts", "rounds")
+    for table in ("choices", "metrics", "scores", "faults", "turns", "cohorts", "rounds")
 )
 
 
@@ -126,12 +126,18 @@ class Ledger(History):
         """Commit one client's scores of a round and, after the last, which model is its own."""
         at = (update.round, update.client)
         rows = [(*at, s.split, s.candidate, s.nll, s.rows, s.tokens) for s in update.scores]
+        metrics = [
+            (*at, s.split, s.candidate, name, value)
+            for s in update.scores
+            for name, value in s.metrics.items()
+        ]
         choices = []
         if (choice := update.choice) is not None:
             about = (choice.candidate, choice.reason, choice.margin, choice.standard_error)
             choices = [(update.client, *about, update.round)]
         self._commit(
             ("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", rows),
+            ("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)", metrics),
             ("INSERT OR REPLACE INTO choices VALUES (?, ?, ?, ?, ?, ?)", choices),
         )
 

@@ -62,13 +62,17 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One candidate's score on one split of one client: nats a supervised token."""
+    """One candidate's score on one split of one client: nats a supervised token.
+
+    ``metrics``, by name, are there of final scores.
+    """
 
     split: Split
     candidate: str
     nll: float
     rows: int
     tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

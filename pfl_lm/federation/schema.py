@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pfl_lm.errors import RunFolderError
 
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -52,6 +52,11 @@ CREATE TABLE scores (
     rows INTEGER NOT NULL, tokens INTEGER NOT NULL,
     PRIMARY KEY (round, client, split, candidate)
 ) STRICT;
+CREATE TABLE metrics (
+    round INTEGER NOT NULL, client TEXT NOT NULL REFERENCES clients,
+    split TEXT NOT NULL, candidate TEXT NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL,
+    PRIMARY KEY (round, client, split, candidate, metric)
+) STRICT;
 CREATE TABLE choices (
     client TEXT PRIMARY KEY REFERENCES clients, candidate TEXT NOT NULL, reason TEXT NOT NULL,
     margin REAL NOT NULL, standard_error REAL NOT NULL, round INTEGER NOT NULL
@@ -62,6 +67,8 @@ CREATE TABLE attempts (
     began REAL NOT NULL, ended REAL, outcome TEXT
 ) STRICT;
 """
+
+_METRICS = TABLES[TABLES.index("CREATE TABLE metrics") : TABLES.index("CREATE TABLE choices")]
 
 _OLD = ("choices", "scores", "turns", "rounds", "clients", "run")
 _ASIDE = "".join(f"ALTER TABLE {name} RENAME TO {name}_1;\n" for name in _OLD)
@@ -82,6 +89,7 @@ INSERT INTO scores SELECT * FROM scores_1;
 INSERT INTO choices SELECT *, (SELECT max(round) FROM rounds_1) FROM choices_1;
 {_AWAY}
 """,
+    2: _METRICS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"),
 }
 """From each version to the next, as one transaction."""
 

@@ -36,6 +36,8 @@ def sharing(
     n_ranks: int,
     cohorts: Sequence[int],
     begun: str | None = None,
+    *,
+    rows: bool = True,
 ) -> Sharing:
     """Return what ranks share in a run.
 
@@ -43,12 +45,13 @@ def sharing(
         asked: ``runtime.parallel``.
         n_ranks: how many there are.
         cohorts: how many clients train in each round.
+        rows: whether they can share a client's rows at all.
         begun: what a run that is gone on with has noted of itself; ``auto`` keeps to it.
     """
     if n_ranks == 1:
         return Sharing("clients", 1)
-    way: Way = "clients" if _typical(cohorts) >= n_ranks else "data"
-    why = _because(cohorts, n_ranks)
+    way: Way = "clients" if _typical(cohorts) >= n_ranks or not rows else "data"
+    why = _because(cohorts, n_ranks) if rows else "rows are shared for causal_lm only"
     if asked != "auto":
         way, why = asked, "as the recipe says"
     elif begun is not None:
@@ -57,13 +60,21 @@ def sharing(
     return Sharing(way, n_ranks, f"{n_ranks} ranks {what} (runtime.parallel: {asked}): {why}")
 
 
-def planned(asked: Literal["auto", "clients", "data"], n_ranks: int, cohorts: Sequence[int]) -> str:
-    """Return what a plan says of ranks, be there any or not."""
+def planned(
+    asked: Literal["auto", "clients", "data"],
+    n_ranks: int,
+    cohorts: Sequence[int],
+    *,
+    rows: bool = True,
+) -> str:
+    """Return what a plan says of ranks, be there any or not; arguments as of `sharing`."""
     if n_ranks > 1:
-        return sharing(asked, n_ranks, cohorts).why
+        return sharing(asked, n_ranks, cohorts, rows=rows).why
     if asked != "auto":
         return f"this is one process, and runtime.parallel: {asked} needs several"
     most = _typical(cohorts)
+    if not rows:
+        return f"up to {most} ranks would take clients of their own"
     alone = "2 ranks or more" if most < 2 else f"more than {most} ranks"
     share = f"{alone} would share each client's turn"
     if most < 2:

@@ -1,6 +1,6 @@
 """The one place that knows PEFT: an adapter goes in, flat vectors come in and out.
 
-    weights  (d,)  fp32   ── PEFT's lora_A / lora_B parameters are views into it
+    weights  (d,)  fp32   ── PEFT's lora_A / lora_B parameters are views into it, a head's too
     grads    (d,)  fp32   ── their ``.grad`` are views into it
 
 So a client's swap is one copy, and a method sees one vector. One adapter is resident, named
@@ -13,8 +13,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from pfl_lm.model.checkpointed import CheckpointedLayers
 from pfl_lm.model.compiled import CompiledLayers
 from pfl_lm.model.forward import replace_forward
 from pfl_lm.model.states import TrunkStates
-from pfl_lm.model.targets import first_few, refuse_unknown_targets
+from pfl_lm.model.targets import first_few, refuse_unknown_targets, targets_here
+from pfl_lm.model.tasks import in_float32, start_head
 from pfl_lm.model.trunk import layers_of, trunk_of
 
 if TYPE_CHECKING:
@@ -35,6 +37,22 @@ if TYPE_CHECKING:
 
 _NAME = "default"
 _PREFIX = ("base_model", "model")
+_COPY = ("modules_to_save", _NAME)
+_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+}
+_SAVED_ANYHOW = ("classifier", "score")
+"""The heads that PEFT itself trains and saves with a classifier's adapter."""
+
+
+class _Place(NamedTuple):
+    """Where a parameter belongs; of a head, ``module`` is the parameter's own name."""
+
+    module: str
+    factor: Factor
+    head: bool = False
 
 
 class Adapter:
@@ -59,7 +77,7 @@ class Adapter:
         compile: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
-        """Inject a fresh adapter: A random from ``seed``, B zero.
+        """Inject a fresh adapter: A random from ``seed``, B zero; and start a head, if it has one.
 
         ``trunk`` is where states of rows below the first adapted layer are remembered, if they are.
         With ``compile``, the layers above it are compiled; with ``gradient_checkpointing`` they
@@ -68,18 +86,27 @@ class Adapter:
         Raises:
             ModelError: a target module or a layer does not exist, or layers cannot be compiled.
         """
-        _check_targets(backbone.model, options)
+        options = _named_as_here(backbone, options)
         self.is_half = backbone.dtype == torch.float16
         self.model = backbone.model
+        self._heads = {name: self.model.get_submodule(name) for name in backbone.head}
         self._peft, self.config = _inject(backbone, options, seed)
         self._parameters = _parameters_by_place(self._peft)
         self.layout = AdapterLayout.of(
-            (module, factor, tuple(parameter.shape))
-            for (module, factor), parameter in self._parameters.items()
+            (
+                (place.module, place.factor, tuple(parameter.shape))
+                for place, parameter in self._parameters.items()
+                if not place.head
+            ),
+            head=(
+                (place.module, tuple(parameter.shape))
+                for place, parameter in self._parameters.items()
+                if place.head
+            ),
         )
         here = backbone.device
         self.weights: Vector = self.layout.join(
-            {f"{m}.{f}": each.to(here) for (m, f), each in self._parameters.items()}
+            {f"{at.module}.{at.factor}": each.to(here) for at, each in self._parameters.items()}
         )
         self.grads: Vector = torch.zeros_like(self.weights)
         for (_, view), parameter in zip(
@@ -90,7 +117,9 @@ class Adapter:
         if backbone.is_spread:
             _go_to_inputs(self._peft)
         entries = self.layout.entries
-        self._trunk = None if trunk is None else trunk_of(self.model, entries, trunk)
+        self._trunk = None
+        if trunk is not None and backbone.task.name == "causal_lm":
+            self._trunk = trunk_of(self.model, entries, trunk)
         self.forward = self.model if self._trunk is None else self._trunk
         self._checkpointed: CheckpointedLayers | None = None
         self._compiled: CompiledLayers | None = None
@@ -115,6 +144,8 @@ class Adapter:
             if part is not None:
                 part.close()
         self._peft.unload()
+        for name, module in self._heads.items():  # PEFT leaves its trained copy there
+            setattr(self.model, name, module)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield PEFT's parameters in the order of the layout."""
@@ -143,9 +174,9 @@ class Adapter:
             parameter.grad = None
 
     def train_only(self, factor: Factor | None) -> None:
-        """Let only the A or only the B factors be trained; None trains both."""
-        for (_, own), parameter in self._parameters.items():
-            parameter.requires_grad_(factor in (None, own))
+        """Let only the A or only the B factors be trained, a head with B; None trains all."""
+        for place, parameter in self._parameters.items():
+            parameter.requires_grad_(factor in (None, place.factor))
 
     def tensors(self, vector: Vector, own: AdapterLayout | None = None) -> dict[str, Tensor]:
         """Return a vector as PEFT saves it: one contiguous CPU tensor a key, no adapter name.
@@ -153,7 +184,9 @@ class Adapter:
         ``own`` is its layout, if it is of a smaller adapter than this one.
         """
         return {
-            _saved_key(entry.module, entry.factor): view.detach().cpu().contiguous().clone()
+            _saved_key(_Place(entry.module, entry.factor, entry.head)): (
+                view.detach().cpu().contiguous().clone()
+            )
             for entry, view in (own or self.layout).views(vector)
         }
 
@@ -202,7 +235,10 @@ class Adapter:
 
         tensors = load_peft_weights(str(folder), device="cpu")
         own = own or self.layout
-        expected = {_saved_key(each.module, each.factor): each.shape for each in own.entries}
+        expected = {
+            _saved_key(_Place(each.module, each.factor, each.head)): each.shape
+            for each in own.entries
+        }
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         wrong = {key for key, _ in found.items() ^ expected.items()}
         if not wrong:
@@ -222,28 +258,34 @@ class Adapter:
 def _inject(backbone: Backbone, options: AdapterOptions, seed: int) -> tuple[Any, Any]:
     from peft import LoraConfig, get_peft_model
 
+    if backbone.head:
+        start_head(backbone.model, backbone.head, seed)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_TYPES[backbone.task.name],
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=sorted(options.target_modules),
         layers_to_transform=options.layers_to_transform,
+        modules_to_save=[name for name in backbone.head if name not in _SAVED_ANYHOW] or None,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.manual_seed(seed)
         peft_model = get_peft_model(backbone.model, config, adapter_name=_NAME)
+    for name in backbone.head:
+        in_float32(backbone.model.get_submodule(name).modules_to_save[_NAME])
     return peft_model, peft_model.peft_config[_NAME]
 
 
-def _parameters_by_place(peft_model: nn.Module) -> dict[tuple[str, Factor], nn.Parameter]:
+def _parameters_by_place(peft_model: nn.Module) -> dict[_Place, nn.Parameter]:
+    """Return what is trained by its place, a head behind the rest."""
     found = {}
     for key, parameter in peft_model.named_parameters():
         place = _place(key)
         if place is not None:
             found[place] = parameter
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[0].head))
 
 
 def _go_to_inputs(peft_model: nn.Module) -> None:
@@ -263,18 +305,28 @@ def _beside_input(factor: nn.Linear, forward: Callable[..., Any]) -> Callable[..
     return multiply
 
 
-def _place(key: str) -> tuple[str, Factor] | None:
-    """Return (module, factor) of a live PEFT key, by its parts; None if it is not of an adapter."""
+def _place(key: str) -> _Place | None:
+    """Return the place of a live PEFT key, by its parts; None if it is not of an adapter."""
     parts = key.split(".")
-    if len(parts) < 5 or tuple(parts[:2]) != _PREFIX or parts[-2:] != [_NAME, "weight"]:
+    if len(parts) < 5 or tuple(parts[:2]) != _PREFIX:
         return None
-    if parts[-3] not in ("lora_A", "lora_B"):
+    if _COPY in pairwise(parts):
+        at = next(i for i, two in enumerate(pairwise(parts)) if two == _COPY)
+        return _Place(".".join(parts[2:at] + parts[at + 2 :]), "B", head=True)
+    if parts[-2:] != [_NAME, "weight"]:
         return None
-    return ".".join(parts[2:-3]), cast("Factor", parts[-3].removeprefix("lora_"))
+    match parts[-3]:
+        case "lora_A":
+            return _Place(".".join(parts[2:-3]), "A")
+        case "lora_B":
+            return _Place(".".join(parts[2:-3]), "B")
+    return None
 
 
-def _saved_key(module: str, factor: Factor) -> str:
-    return ".".join((*_PREFIX, module, f"lora_{factor}", "weight"))
+def _saved_key(place: _Place) -> str:
+    if place.head:
+        return ".".join((*_PREFIX, place.module))
+    return ".".join((*_PREFIX, place.module, f"lora_{place.factor}", "weight"))
 
 
 def _plain(value: Any) -> Any:
@@ -285,10 +337,24 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # PEFT's enums become their text
 
 
-def _check_targets(model: nn.Module, options: AdapterOptions) -> None:
-    linear = [name for name, module in model.named_modules() if adaptable(module)]
+def _named_as_here(backbone: Backbone, options: AdapterOptions) -> AdapterOptions:
+    """Return the options with their targets as this backbone calls them.
+
+    Raises:
+        ModelError: a target module or a layer does not exist.
+    """
+    model: nn.Module = backbone.model
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if adaptable(module) and name.split(".")[0] not in backbone.head
+    ]
     n_layers = getattr(model.config, "num_hidden_layers", None)
+    targets = targets_here(options.target_modules, linear)
+    if targets != options.target_modules:
+        options = options.model_copy(update={"target_modules": targets})
     refuse_unknown_targets(linear, n_layers, options)
+    return options
 
 
 def adaptable(module: nn.Module) -> bool:

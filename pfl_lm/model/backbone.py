@@ -1,7 +1,7 @@
 """The frozen language model all clients share: found, loaded once, put on its device, never moved.
 
-Three sources: a Hub id, a local folder, a GGUF file inside an installed package. safetensors only;
-code that comes with a model is never run.
+Three sources: a Hub id, a local folder, a GGUF file or a folder inside an installed package.
+safetensors only; code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import torch
 
 from pfl_lm.errors import ModelError
 from pfl_lm.model.gguf import convert, converted_folder
-from pfl_lm.model.package import gguf_path
+from pfl_lm.model.package import folder_path, gguf_path
 from pfl_lm.model.quantized import (
     described,
     keep_as_they_are,
     quantization_config,
     refuse_quantized,
 )
+from pfl_lm.model.tasks import load_for_task
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import BackboneOptions
@@ -40,14 +42,16 @@ _SAMPLED = 256
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """One resident, frozen causal language model with its tokenizer.
+    """One resident, frozen language model with its tokenizer.
 
     Attributes:
-        model: a transformers causal language model, every parameter frozen.
-        tokenizer: a fast tokenizer with a chat template.
+        model: a transformers model of the task, every parameter frozen.
+        tokenizer: a fast tokenizer, for conversations one with a chat template.
         name: the Hub id for cards and adapter configs, or the folder where there is none.
         revision: the revision asked for, if any.
         fingerprint: what tells these weights from others, in hexadecimal.
+        task: what the model is for.
+        head: the modules that are new to the weights, and zero, if the task needs any.
     """
 
     model: Any
@@ -55,6 +59,8 @@ class Backbone:
     name: str
     revision: str | None
     fingerprint: str = ""
+    task: Task = CAUSAL_LM
+    head: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -81,17 +87,20 @@ class Backbone:
 
 
 def load_backbone(
-    options: BackboneOptions, device: torch.device, say: Callable[[str], None] = lambda text: None
+    options: BackboneOptions,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+    task: Task = CAUSAL_LM,
 ) -> Backbone:
     """Load the backbone of a recipe onto its device, quantized if it is to be, and freeze it.
 
     With ``device_map: auto`` and a GPU it is spread over all GPUs. ``say`` is told what takes long.
 
     Raises:
-        ModelError: it is not there, not a causal language model, not in safetensors, cannot be
+        ModelError: it is not there, not a model of this task, not in safetensors, cannot be
             quantized, or is too large for the GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -109,7 +118,8 @@ def load_backbone(
     try:
         refuse_quantized(AutoConfig.from_pretrained(source, revision=options.revision), source)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=options.revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, head = load_for_task(
+            task,
             source,
             revision=options.revision,
             dtype=dtype,
@@ -130,7 +140,10 @@ def load_backbone(
     if not more:
         model.to(device)
     name = options.base_model_id or options.model_name_or_path or str(source)
-    return Backbone(model, tokenizer, name, options.revision, fingerprint)
+    backbone = Backbone(model, tokenizer, name, options.revision, fingerprint, task, head)
+    if task.classifies:  # where a row ends is told by the token that fills up
+        model.config.pad_token_id = backbone.pad_token_id
+    return backbone
 
 
 def _refuse_beyond_gpus(device_map: Mapping[str, int | str], source: str | Path) -> None:
@@ -187,6 +200,8 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def _source(options: BackboneOptions, say: Callable[[str], None]) -> str | Path:
     if options.package is not None:
+        if options.folder is not None:
+            return folder_path(options.package, options.folder)
         assert options.gguf_file is not None
         gguf = gguf_path(options.package, options.gguf_file)
         folder = converted_folder(gguf)

@@ -76,6 +76,16 @@ class Top:
         for part in torch.split(self.states, _positions(self.head)):
             yield self.head(part.unsqueeze(0))[0]
 
+    def guessed(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `nll` does, without a way back, and the first guess, int64 ``(n,)``."""
+        answers = torch.split(wanted, _positions(self.head))
+        losses, guesses = [], []
+        for logits, due in zip(self.logits(), answers, strict=True):
+            logits = logits.float()
+            losses.append(F.cross_entropy(logits, due, reduction="none"))
+            guesses.append(logits.argmax(dim=-1))
+        return torch.cat(losses), torch.cat(guesses)
+
     def nll(self, wanted: Tensor) -> Tensor:
         """Return the negative log-likelihood of ``wanted``, ``(n,)`` int64; in nats, ``(n,)``.
 

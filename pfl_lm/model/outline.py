@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfl_lm.model.gguf import converted_folder
-from pfl_lm.model.package import gguf_path
+from pfl_lm.model.package import folder_path, gguf_path
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ def find_source(options: BackboneOptions, say: Callable[[str], None] = lambda te
     if options.package is None:
         assert options.model_name_or_path is not None
         return Source(options.model_name_or_path)
+    if options.folder is not None:
+        return Source(folder_path(options.package, options.folder))
     assert options.gguf_file is not None
     gguf = gguf_path(options.package, options.gguf_file)
     folder = converted_folder(gguf)
@@ -95,30 +98,36 @@ class Outline:
 
 
 def outline_backbone(
-    source: Source, options: BackboneOptions, dtype: torch.dtype, device: torch.device
+    source: Source,
+    options: BackboneOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    task: Task = CAUSAL_LM,
 ) -> Outline:
     """Return the backbone a run would load onto ``device``, its parameters on the meta device.
 
     They are in full precision, whatever the recipe says of quantization; bytes are not.
 
     Raises:
-        ModelError: it is not there, is not a causal language model, or cannot be quantized.
+        ModelError: it is not there, is not a model of this task, or cannot be quantized.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from pfl_lm.model.backbone import Backbone
     from pfl_lm.model.quantized import quantization_config, refuse_quantized, to_be_quantized
+    from pfl_lm.model.tasks import auto_class, head_of, names_of_classes
 
     quantization = quantization_config(options, dtype, device)
     tokenizer = load_tokenizer(source, options)
     config = source.read(AutoConfig, options)
     refuse_quantized(config, source.place)
     stored = _stored_dtype(source, config)  # before the model writes its own into it
+    config.update(names_of_classes(task))
 
     def build() -> Any:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(task).from_config(
                 config, dtype=dtype, attn_implementation=options.attn_implementation
             )
 
@@ -133,7 +142,11 @@ def outline_backbone(
     names = [] if quantization is None else to_be_quantized(build(), quantization)
     matrices = [model.get_submodule(name) for name in names]
     weights, unpacked = _bytes(model, matrices, options)
-    return Outline(Backbone(model, tokenizer, name, options.revision), stored, weights, unpacked)
+    head = head_of(model) if task.classifies else ()
+    backbone = Backbone(model, tokenizer, name, options.revision, task=task, head=head)
+    if task.classifies:
+        model.config.pad_token_id = backbone.pad_token_id
+    return Outline(backbone, stored, weights, unpacked)
 
 
 def _bytes(model: Any, quantized: Sequence[Any], options: BackboneOptions) -> tuple[int, int]:

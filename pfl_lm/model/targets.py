@@ -23,6 +23,22 @@ _SHOWN = 12
 _LONGEST_HEAD = 64 * 2**20
 
 
+_QUERY_AND_VALUE = (("query", "value"), ("q", "v"), ("q_lin", "v_lin"))
+"""What BERT, T5 and DistilBERT call what others call q_proj and v_proj."""
+
+
+def targets_here(targets: Sequence[str], modules: Collection[str]) -> list[str]:
+    """Return the targets by the names they have in this backbone.
+
+    ``q_proj`` and ``v_proj``, both and nothing else, stand for queries and values whatever they are
+    called.
+    """
+    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    if sorted(targets) == ["q_proj", "v_proj"] and leaves.isdisjoint(targets):
+        return next((list(own) for own in _QUERY_AND_VALUE if leaves.issuperset(own)), [*targets])
+    return list(targets)
+
+
 def refuse_unknown_targets(
     modules: Collection[str],
     n_layers: int | None,
@@ -75,7 +91,8 @@ def refuse_misfit(
     matrices = [name for path in sorted(folder.glob("*.safetensors")) for name in _matrices(path)]
     if not matrices:
         return
-    ends = [target.rsplit(".", 1)[-1] for target in options.target_modules]
+    targets = targets_here(options.target_modules, matrices)
+    ends = [target.rsplit(".", 1)[-1] for target in targets]
     options = options.model_copy(update={"target_modules": ends})
     refuse_unknown_targets(matrices, _n_layers(folder), options, key)
 

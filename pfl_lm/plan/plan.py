@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from pfl_lm.data.examples import Example
 from pfl_lm.data.federated import ClientData, FederatedDataset
+from pfl_lm.data.labels import task_of
 from pfl_lm.data.splits import ClientRows, rows_to_train
 from pfl_lm.federation.cohort import Cohorts
 from pfl_lm.federation.own import own_layouts, own_rates
@@ -28,6 +29,7 @@ from pfl_lm.plan.traffic import FLOAT, Traffic, count_traffic
 from pfl_lm.privacy.spent import ClientSpent, largest, noted, spent_by_client
 from pfl_lm.recipe import LoadedRecipe, Recipe
 from pfl_lm.recipe.own import Own
+from pfl_lm.recipe.task import TaskName
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def make_plan(
     device = accelerator.device
     dtype = pick_dtype(recipe.backbone.dtype, device)
     source = find_source(recipe.backbone, say)
-    outline = outline_backbone(source, recipe.backbone, dtype, device)
+    task = task_of(recipe, rows_by_client)
+    outline = outline_backbone(source, recipe.backbone, dtype, device, task)
     backbone = outline.backbone
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     with torch.device("meta"):
@@ -120,7 +123,11 @@ def make_plan(
         )
     n_rows = rows_to_train(rows_by_client)
     dataset = FederatedDataset.build(
-        rows_by_client, backbone.tokenizer, *recipe.data.length, recipe.own_lengths(n_rows)
+        rows_by_client,
+        backbone.tokenizer,
+        *recipe.data.length,
+        recipe.own_lengths(n_rows),
+        task,
     )
     own = {client: recipe.own(client, n_rows[client]) for client in dataset.client_ids}
     process = process_bytes()  # before the rehearsal, which a run does not need
@@ -151,7 +158,7 @@ def make_plan(
     steps = {client.id: client.steps for client in clients}
     taking_part = Cohorts.of(recipe, {client.id: client.n_train for client in dataset}).all()
     sizes = [len(chosen) for chosen in taking_part]
-    blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, say)
+    blocks = _rehearsed(adapter, _shapes(recipe, dataset), device, recipe.task, say)
     trunk = _trunk(adapter, recipe, dataset)
     converted = outline.stored != dtype or recipe.backbone.quantization != "none"
     memory = None
@@ -176,7 +183,12 @@ def make_plan(
         smaller=bool(layouts),
         clients=clients,
         in_round=_least_and_most(sizes),
-        ranks=planned(recipe.runtime.parallel, accelerator.num_processes, sizes),
+        ranks=planned(
+            recipe.runtime.parallel,
+            accelerator.num_processes,
+            sizes,
+            rows=recipe.task == "causal_lm",
+        ),
         steps=sum(steps[client] for chosen in taking_part for client in chosen),
         traffic=traffic,
         up=(
@@ -246,10 +258,11 @@ def _rehearsed(
     adapter: Adapter,
     shapes: tuple[Shape, Shape],
     device: torch.device,
+    task: TaskName,
     say: Callable[[str], None],
 ) -> Rehearsal | None:
     try:
-        return rehearse(adapter.model, *shapes, device)
+        return rehearse(adapter.model, *shapes, device, task)
     except RuntimeError as error:  # whatever a fake tensor cannot do is one
         say(f"no estimate of memory: {str(error).strip().splitlines()[0][:200]}")
         return None

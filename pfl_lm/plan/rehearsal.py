@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
+from pfl_lm.recipe.task import TaskName
 from pfl_lm.train.loss import nll_by_row, nll_sum
 
 LARGE = 32 * 2**20
@@ -58,7 +59,13 @@ class Rehearsal:
     score: Blocks
 
 
-def rehearse(model: nn.Module, train: Shape, score: Shape, device: torch.device) -> Rehearsal:
+def rehearse(
+    model: nn.Module,
+    train: Shape,
+    score: Shape,
+    device: torch.device,
+    task: TaskName = "causal_lm",
+) -> Rehearsal:
     """Run both batches through a model that lies on the meta device, adapter included.
 
     Spends the model: its parameters are fake ones afterwards.
@@ -66,11 +73,11 @@ def rehearse(model: nn.Module, train: Shape, score: Shape, device: torch.device)
     with FakeTensorMode():
         known = _pretend(model, device)
         model.train()
-        batch = _batch(train, device)
+        batch = _batch(train, device, task)
         with _Blocks([*known, *batch.values()]) as in_training:
             nll_sum(model, batch).backward()  # type: ignore[no-untyped-call]
         model.eval()
-        batch = _batch(score, device)
+        batch = _batch(score, device, task)
         with torch.no_grad(), _Blocks([*known, *batch.values()]) as in_scoring:
             nll_by_row(model, batch)
     return Rehearsal(in_training.most, in_scoring.most)
@@ -136,10 +143,17 @@ def _pretend(model: nn.Module, device: torch.device) -> list[Tensor]:
     return list(fakes.values())
 
 
-def _batch(shape: Shape, device: torch.device) -> dict[str, Tensor]:
+def _batch(shape: Shape, device: torch.device, task: TaskName) -> dict[str, Tensor]:
+    def ones(*size: int) -> Tensor:
+        return torch.ones(size, dtype=torch.int64, device=device)
+
     size = (shape.rows, shape.tokens)
-    columns = {name: torch.ones(size, dtype=torch.int64, device=device) for name in _COLUMNS}
-    return {**columns, "positions": columns["labels"].new_zeros(shape.rows * shape.supervised)}
-
-
-_COLUMNS = ("input_ids", "attention_mask", "labels")
+    given = {"input_ids": ones(*size), "attention_mask": ones(*size)}
+    match task:
+        case "sequence_classification":
+            return {**given, "classes": ones(shape.rows)}
+        case "seq2seq_lm":
+            return {**given, "targets": ones(shape.rows, shape.supervised)}
+    labels = ones(*size)
+    positions = labels.new_zeros(shape.rows * shape.supervised)
+    return {**given, "labels": labels, "positions": positions}

@@ -38,7 +38,16 @@ def watched_rows(adapter: Adapter) -> Iterator[None]:
         for name, module in adapter.model.named_modules()
         if any(each.requires_grad for each in module.parameters(recurse=False))
     }
-    checks = [each.register_forward_pre_hook(_by_rows(name)) for name, each in holders.items()]
+    heads = {
+        id(parameter)
+        for entry, parameter in zip(adapter.layout.entries, adapter.parameters(), strict=True)
+        if entry.head
+    }
+    checks = [
+        each.register_forward_pre_hook(_by_rows(name))
+        for name, each in holders.items()
+        if not any(id(own) in heads for own in each.parameters(recurse=False))
+    ]  # a head may see one state of each row, and rows are then all it sees
     watcher = GradSampleModule(adapter.model, batch_first=True, loss_reduction="sum")
     try:
         with warnings.catch_warnings():  # the lowest adapted layer's input has no gradient

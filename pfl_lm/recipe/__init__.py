@@ -26,20 +26,24 @@ from pfl_lm.recipe.schema import (
     AggregationOptions,
     BackboneOptions,
     DataOptions,
+    EvaluationOptions,
     FederationOptions,
     Recipe,
     RuntimeOptions,
     TrainingOptions,
     json_schema,
 )
+from pfl_lm.recipe.task import CAUSAL_LM, Task
 
 __all__ = [
+    "CAUSAL_LM",
     "AdapterOptions",
     "AggregationOptions",
     "BackboneOptions",
     "ClientLevelOptions",
     "DataOptions",
     "DittoOptions",
+    "EvaluationOptions",
     "FFALoraOptions",
     "FedAdamOptions",
     "FedAvgMOptions",
@@ -59,6 +63,7 @@ __all__ = [
     "RoLoraOptions",
     "RuntimeOptions",
     "ScaffoldOptions",
+    "Task",
     "TrainingOptions",
     "json_schema",
     "load_recipe",

@@ -13,13 +13,14 @@ from pfl_lm.recipe.sections import BackboneOptions, RuntimeOptions
 _THREADS_A_CORE = 16
 
 
-def refuse_no_model(folder: Path) -> None:
+def refuse_no_model(folder: Path, key: str = "backbone.model_name_or_path") -> None:
     """Check that ``folder`` is a model folder: config.json and weights in safetensors.
+
+    ``key`` is where a recipe names it.
 
     Raises:
         ModelError: it is not there, not a folder, or misses a file.
     """
-    key = "backbone.model_name_or_path"
     hint = "name a folder with config.json and model.safetensors, or a Hub id such as ORG/NAME"
     try:
         if not folder.is_dir():

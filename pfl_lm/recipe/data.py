@@ -12,6 +12,7 @@ from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.partition import PartitionOptions, names
 from pfl_lm.recipe.scalars import show
 from pfl_lm.recipe.sections import PackageName, Text, file_within, fits
+from pfl_lm.recipe.task import Labels
 
 
 def _count_or_ids(value: object) -> object:
@@ -84,14 +85,24 @@ class DataOptions(Options):
     dataset_test_split: Text | None = Field(
         default=None, description="The split of the test rows, if there is one."
     )
-    format: Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt", "text"] = Field(
-        default="auto", description="What an example consists of; auto: told by the columns."
+    format: Literal[
+        "auto", "prompt_completion", "messages", "alpaca", "sharegpt", "text", "text_label"
+    ] = Field(
+        default="auto",
+        description="What an example consists of; auto: told by the columns, and `text_label` for "
+        "`task: sequence_classification`.",
     )
     columns: dict[Text, Text] = Field(
         default={},
         description="Columns to be read under another name, `theirs: ours`, such as "
         "`{question: prompt, answer: completion}`.",
         examples=[{"question": "prompt"}],
+    )
+    labels: Labels | None = Field(
+        default=None,
+        description="The classes of `task: sequence_classification`; not set: all that the "
+        "clients' train rows have, sorted.",
+        examples=[["history", "music"]],
     )
     client_column: Text = Field(
         default="client",

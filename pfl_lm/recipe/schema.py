@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +12,8 @@ from pfl_lm.recipe.averaging import ScaffoldOptions
 from pfl_lm.recipe.clients import ClientRules, misfit
 from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.data import DataOptions
+from pfl_lm.recipe.evaluation import EvaluationOptions
+from pfl_lm.recipe.fitting import fitted_to_task
 from pfl_lm.recipe.methods import (
     MIXES_RANKS,
     LocalOptions,
@@ -30,12 +32,14 @@ from pfl_lm.recipe.sections import (
     RuntimeOptions,
     TrainingOptions,
 )
+from pfl_lm.recipe.task import Task, TaskName
 
 __all__ = [
     "AdapterOptions",
     "AggregationOptions",
     "BackboneOptions",
     "DataOptions",
+    "EvaluationOptions",
     "FederationOptions",
     "PrivacyOptions",
     "Recipe",
@@ -57,6 +61,12 @@ class Recipe(Options):
         ge=0,
         le=2**63 - 1,
         description="Seed from which every other seed is derived by hashing.",
+    )
+    task: TaskName = Field(
+        default="causal_lm",
+        description="What is learnt: causal_lm: to go on with text; sequence_classification: which "
+        "class a text is of; seq2seq_lm: to answer a text by an encoder and a decoder; see "
+        "[tasks](tasks.md).",
     )
     backbone: BackboneOptions = Field(
         description="The frozen language model.",
@@ -96,6 +106,11 @@ class Recipe(Options):
         description="Differential privacy: nothing unless asked for.",
         examples=[{"record_level": "{noise_multiplier: 1.0, max_grad_norm: 1.0, delta: 1e-5}"}],
     )
+    evaluation: EvaluationOptions = Field(
+        default_factory=EvaluationOptions,
+        description="What is measured of the final models beside their loss.",
+        examples=[{"metrics": "[rouge_l]"}],
+    )
     runtime: RuntimeOptions = Field(
         default_factory=RuntimeOptions,
         description="Where the run is written and what it may use.",
@@ -106,6 +121,13 @@ class Recipe(Options):
         description="What `pfl-lm compare` compares; a run of its own passes it over.",
         examples=[{"methods": "[pflalign, fedavg]"}],
     )
+
+    @model_validator(mode="after")
+    def _fit_to_task(self) -> Self:
+        """Fill in what follows from the task, or refuse what does not go with it."""
+        for name, section in fitted_to_task(self).items():
+            object.__setattr__(self, name, section)  # frozen for everybody else
+        return self
 
     @model_validator(mode="after")
     def _choose_optimizer(self) -> Self:
@@ -268,6 +290,12 @@ class Recipe(Options):
     def largest_adapter(self) -> AdapterOptions:
         """The adapter that has room for every client's."""
         return largest_adapter(self.clients, self.adapter)
+
+    def task_for(self, labels: Iterable[str] = ()) -> Task:
+        """Return the task; ``labels`` are those of the data, where the recipe lists none."""
+        if self.task != "sequence_classification":
+            return Task(self.task)
+        return Task(self.task, tuple(labels if self.data.labels is None else self.data.labels))
 
     def run_options(self) -> dict[str, Any]:
         """Return every key that a run of this recipe goes by, with its value: all but `compare`."""

@@ -18,6 +18,7 @@ from pydantic import (
 
 from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.scalars import brief, show
+from pfl_lm.recipe.task import Head
 
 _NOT_ADAPTED = ("embed_tokens", "lm_head")
 
@@ -71,13 +72,21 @@ def module_names(names: list[str]) -> list[str]:
     return names
 
 
-def file_within(text: str) -> str:
-    """Return the name of a file inside a package, if it can be one."""
+def _within(text: str, what: str) -> str:
     windows = PureWindowsPath(text)
     parts = PurePosixPath(text).parts
     if "\\" in text or windows.drive or text.startswith(("/", "~")) or ".." in parts or not parts:
-        raise broken(f"must be the name of a file inside the package, got {show(text)}")
+        raise broken(f"must be the name of a {what} inside the package, got {show(text)}")
     return text
+
+
+def file_within(text: str) -> str:
+    """Return the name of a file inside a package, if it can be one."""
+    return _within(text, "file")
+
+
+def _folder_within(text: str) -> str:
+    return _within(text, "folder")
 
 
 RunName = Annotated[
@@ -94,7 +103,7 @@ HubId = Annotated[str, fits(r"[\w.-]+(/[\w.-]+)?", "a Hub id such as ORG/NAME")]
 
 
 class BackboneOptions(Options):
-    """The frozen language model: a Hub id, a folder, or a GGUF file in an installed package."""
+    """The frozen model: a Hub id, a folder, or a GGUF file or a folder in an installed package."""
 
     model_name_or_path: Text | None = Field(
         default=None,
@@ -111,6 +120,11 @@ class BackboneOptions(Options):
         default=None,
         description="GGUF file inside the package.",
         examples=["SmolLM2-135M-Instruct.Q4_1.gguf"],
+    )
+    folder: Annotated[str, AfterValidator(_folder_within)] | None = Field(
+        default=None,
+        description="Folder inside the package, with config.json and model.safetensors.",
+        examples=["model"],
     )
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit of `model_name_or_path` on the Hub."
@@ -149,12 +163,18 @@ class BackboneOptions(Options):
         if (self.model_name_or_path is None) == (self.package is None):
             have = "neither is" if self.package is None else "both are"
             raise broken(f"needs exactly one of `model_name_or_path` and `package`; {have} given")
-        if self.package is not None and self.gguf_file is None:
-            raise broken("missing: `backbone.package` needs to know its `gguf_file`", "gguf_file")
+        if self.package is not None and (self.gguf_file is None) == (self.folder is None):
+            if self.folder is None:
+                why = "missing: `backbone.package` needs to know its `gguf_file` or its `folder`"
+            else:
+                why = "`backbone.package` needs one of `gguf_file` and `folder`; both are given"
+            raise broken(why, "gguf_file")
         if self.package is not None and self.revision is not None:
             raise broken("goes with `model_name_or_path` only, not with `package`", "revision")
         if self.package is None and self.gguf_file is not None:
             raise broken("goes with `package` only, not with `model_name_or_path`", "gguf_file")
+        if self.package is None and self.folder is not None:
+            raise broken("goes with `package` only, not with `model_name_or_path`", "folder")
         return self
 
     @model_validator(mode="after")
@@ -183,13 +203,21 @@ class AdapterOptions(Options):
         default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
     )
     target_modules: Annotated[list[ModuleName], AfterValidator(module_names)] = Field(
-        default=["q_proj", "v_proj"], description="Names of the linear layers that are adapted."
+        default=["q_proj", "v_proj"],
+        description="Names of the linear layers that are adapted. `q_proj` and `v_proj` also stand "
+        "for `query` and `value` (BERT), `q` and `v` (T5) and `q_lin` and `v_lin` (DistilBERT).",
     )
     layers_to_transform: (
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)]
         | None
     ) = Field(
         default=None, description="Numbers of the layers that are adapted, from 0; all if not set."
+    )
+    head: Head | None = Field(
+        default=None,
+        description="The new head of `task: sequence_classification`, which is trained whole. "
+        "shared (the default there): sent and averaged as the adapter is; private: every client "
+        "keeps its own.",
     )
 
 

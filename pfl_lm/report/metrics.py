@@ -16,10 +16,11 @@ def write_metrics(path: Path, ledger: Ledger) -> None:
     """Write all scores the ledger holds, in (round, client, split, candidate) order.
 
     The metric is ``nll``: nats a supervised token, weighted by tokens within a client and split.
+    Behind it come, of final scores, those of `pfl_lm.evaluate.metrics` and those asked for.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for round, client, split, candidate, nll in ledger.scores():
-        rows.writerow((round, client, split, candidate, "nll", repr(nll)))
+    for *at, value in ledger.measured():
+        rows.writerow((*at, repr(value)))
     write_atomically(path, text.getvalue().encode())

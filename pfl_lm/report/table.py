@@ -29,11 +29,18 @@ def split_shown(results: Sequence[ClientResult]) -> str:
 def client_table(results: Sequence[ClientResult]) -> Group:
     """Lay out final scores in nats a supervised token; the last column is against the backbone.
 
+    Where rows have classes, one says how many of them its model tells, against the backbone.
+
     Of many clients the worst off have a line, worst first; the means are over all of them.
     """
     split = split_shown(results)
     candidates = _candidates(results)
-    title = [f"{split} loss, nats a supervised token (lower is better)"]
+    accuracies = [_accuracies(result, split) for result in results]
+    classes = any(each is not None for each in accuracies)
+    unit = "row" if classes else "supervised token"
+    title = [f"{split} loss, nats a {unit} (lower is better)"]
+    if classes:
+        title[0] += f"; accuracy on {split} rows, the backbone's and its model's"
     listed = results
     if len(results) > MOST_CLIENTS:
         listed = sorted(results, key=lambda result: -_own_loss(result, split))[:MOST_CLIENTS]
@@ -45,17 +52,23 @@ def client_table(results: Sequence[ClientResult]) -> Group:
         table.add_column(candidate, justify="right", no_wrap=True)
     table.add_column("its model", no_wrap=True)
     table.add_column("vs base", justify="right", no_wrap=True)
+    if classes:
+        table.add_column("accuracy", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for result in listed:
         scores = result.scores.get(split, {})
         shown = [_number(scores.get(candidate)) for candidate in candidates]
         gain, verdict = _verdict(result, split)
-        table.add_row(Text(result.client), *shown, result.choice.candidate, gain, verdict)
+        accurate = [_arrow(_accuracies(result, split))] if classes else []
+        table.add_row(
+            Text(result.client), *shown, result.choice.candidate, gain, *accurate, verdict
+        )
     means = [_mean(results, split, candidate) for candidate in candidates]
     gains = _gains(results, split)
     mean_gain = f"{math.fsum(gains) / len(gains):+.3f}" if gains else ""
     table.add_section()
-    table.add_row(Text("mean"), *map(_number, means), "", mean_gain, "")
+    accurate = [_arrow(_mean_of_pairs(accuracies))] if classes else []
+    table.add_row(Text("mean"), *map(_number, means), "", mean_gain, *accurate, "")
     return Group(*map(Text, title), table)  # a table's own title would wrap at the table's width
 
 
@@ -110,6 +123,23 @@ def gain_over_base(result: ClientResult, split: str) -> float | None:
 def _gains(results: Sequence[ClientResult], split: str) -> list[float]:
     gains = (gain_over_base(result, split) for result in results)
     return [gain for gain in gains if gain is not None]
+
+
+def _accuracies(result: ClientResult, split: str) -> tuple[float, float] | None:
+    """Return the accuracy of the backbone and of the client's own model; None if there is none."""
+    metrics = result.metrics.get(split, {})
+    found = [metrics.get(name, {}).get("accuracy") for name in (BASE, result.choice.candidate)]
+    base, own = found
+    return None if base is None or own is None else (base, own)
+
+
+def _mean_of_pairs(pairs: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
+    base, own = zip(*(pair for pair in pairs if pair is not None), strict=True)
+    return math.fsum(base) / len(base), math.fsum(own) / len(own)
+
+
+def _arrow(pair: tuple[float, float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.3f} → {pair[1]:.3f}"
 
 
 def _verdict(result: ClientResult, split: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from pfl_lm.data.batches import accumulation_of_rank, training_batches
+from pfl_lm.data.batches import OF_ROWS, accumulation_of_rank, training_batches
 from pfl_lm.data.poisson import poisson_steps
 from pfl_lm.errors import RecipeError
 from pfl_lm.layout import Factor, Vector
@@ -60,6 +60,7 @@ class LocalTrainer:
         share: which part of the turn is this rank's, if several take it together. All of them call
             the same methods in the same order, and all end at the same bits.
         before: the summary of the client's last turn, which says how to scale float16's gradients.
+        head: the client's own head, if it has one of its own: see the attribute.
 
     Attributes:
         n_examples: the client's training rows.
@@ -69,6 +70,10 @@ class LocalTrainer:
             those of all fits so far, losses those of the last.
         onlookers: what every fit of the turn tells after a method's own callbacks; they change
             nothing.
+        head: a private head as the last fit has left it, or the turn before; None where the head
+            is shared or there is none. It is put in before the model is run, whatever stands there
+            in a vector that is given, and what comes back has there what was given: so nothing of
+            it is in what a method gets to see. Every fit of a turn trains it.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class LocalTrainer:
         layout: AdapterLayout | None = None,
         share: Share | None = None,
         before: Mapping[str, float] | None = None,
+        head: Vector | None = None,
     ) -> None:
         self.adapter = adapter
         self.examples = examples
@@ -100,6 +106,7 @@ class LocalTrainer:
         self.layout = layout or adapter.layout
         self.share = share
         self.scaling = None if private is not None else scaling_for(adapter, before or {})
+        self.head = head
         self.n_examples = len(examples)
         self.learning_rate = training.learning_rate
         self.n_tokens = sum(example.n_supervised for example in examples)
@@ -121,14 +128,21 @@ class LocalTrainer:
         ``moments``, if given, go on and are updated in place. Overwrites the resident adapter, and
         it is that which callbacks see, be the client's own smaller.
         """
-        self._put(start)
+        self._write(start)
         self.adapter.train_only(trainable)
         self.adapter.model.train()
         private, batches, accumulation = self._gradients(steps)
         if self.diagnostics is not None:
             callbacks = self.diagnostics.around(start, callbacks)
         running = None if moments is None else self._filled(moments)
-        module = PersonalizedLM(self.adapter, self.training, running, private, self.share)
+        module = PersonalizedLM(
+            self.adapter,
+            self.training,
+            running,
+            private,
+            self.share,
+            private_head=self.head is not None,
+        )
         device = self.adapter.weights.device
         with (
             _quiet(),
@@ -145,7 +159,7 @@ class LocalTrainer:
             moments.step += trainer.global_step - (self._left_out() - left_out)
         self.adapter.model.eval()
         self._note(module, trainer)
-        end = self.adapter.layout.taken(self.adapter.read(), self.layout)
+        end = self._read(start)
         if self.diagnostics is not None:
             self.diagnostics.ended(end)
         return end
@@ -160,7 +174,7 @@ class LocalTrainer:
             RecipeError: the record-level lever is set, which covers nothing but fits.
         """
         self._refuse_bare_numbers()
-        self._put(at)
+        self._write(at)
         self.adapter.train_only(None)
         scale = 1.0 if self.scaling is None else FIRST_SCALE
         loss, grad = self._scaled_grad(batch, scale)
@@ -179,7 +193,10 @@ class LocalTrainer:
         found = torch.cat([self.adapter.grads / scale, loss.reshape(1)])
         if self.share is not None:
             self.share.add_up(found)
-        return found[-1], self.adapter.layout.taken(found[:-1], self.layout)
+        grads = self.adapter.layout.taken(found[:-1], self.layout)
+        if self.head is not None:
+            grads[self.adapter.layout.head] = 0.0
+        return found[-1], grads
 
     def _part(self, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return this rank's rows of a batch, the longest of them as long as before; None if none.
@@ -189,9 +206,8 @@ class LocalTrainer:
         if self.share is None:
             return batch
         rows = slice(self.share.rank, None, self.share.n_ranks)
-        names = ("input_ids", "attention_mask", "labels")
-        part = {name: batch[name][rows] for name in names}
-        return part if len(part["labels"]) else None
+        part = {name: batch[name][rows] for name in OF_ROWS if name in batch}
+        return part if len(part["input_ids"]) else None
 
     def windows(self, steps: int) -> Iterator[list[Mapping[str, Any]]]:
         """Yield the micro-batches of each optimizer step of a fit, placed on the device.
@@ -210,7 +226,7 @@ class LocalTrainer:
             RecipeError: the record-level lever is set, which covers nothing but fits.
         """
         self._refuse_bare_numbers()
-        self._put(at)
+        self._write(at)
         losses = torch.tensor([self._mean_nll(window) for window in self._own_windows(steps)])
         if self.share is not None:
             losses = losses.to(at.device)
@@ -250,8 +266,11 @@ class LocalTrainer:
     def _left_out(self) -> int:
         return 0 if self.scaling is None else self.scaling.left_out
 
-    def _put(self, vector: Vector) -> None:
+    def _write(self, vector: Vector) -> None:
         self.adapter.write(self.adapter.layout.filled(vector, self.layout))
+        if self.head is not None:
+            with torch.no_grad():
+                self.adapter.weights[self.adapter.layout.head] = self.head
 
     def _filled(self, moments: Moments) -> Moments:
         """Return moments of the resident adapter: these, and zeros where the own one has none."""
@@ -268,6 +287,15 @@ class LocalTrainer:
             whole = self.adapter.layout
             moments.first.copy_(whole.taken(running.first, self.layout))
             moments.second.copy_(whole.taken(running.second, self.layout))
+
+    def _read(self, start: Vector) -> Vector:
+        """Return where a fit has ended; a private head stays here, and the start's is returned."""
+        end = self.adapter.layout.taken(self.adapter.read(), self.layout)
+        if self.head is not None:
+            at = self.adapter.layout.head
+            self.head = end[at].clone()
+            end[at] = start[at]
+        return end
 
     def _gradients(self, steps: int) -> tuple[PrivateGradient | None, Any, int]:
         """Return what a fit's gradients go through, its batches, and how many make a step."""

@@ -55,6 +55,8 @@ class PersonalizedLM(L.LightningModule):
             they are. With it a batch is a whole step of `poisson_steps`.
         share: which part of every optimizer step is this rank's; None if all of it is. The
             gradient is then added up over the ranks once a step, before anything sees it.
+        private_head: whether the head is the client's own, so that no pull towards what is shared
+            is for it.
 
     Attributes:
         step_losses: one scalar tensor an optimizer step, nats a supervised token; none if private.
@@ -68,6 +70,8 @@ class PersonalizedLM(L.LightningModule):
         moments: Moments | None = None,
         private: PrivateGradient | None = None,
         share: Share | None = None,
+        *,
+        private_head: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -76,6 +80,7 @@ class PersonalizedLM(L.LightningModule):
         self.moments = moments
         self.private = private
         self.share = share
+        self.private_head = private_head
         self.step_losses: list[Tensor] = []
 
     @override

@@ -5,7 +5,8 @@
 
 Both hook in where the window's gradient is whole and the optimizer has not seen it yet, once an
 optimizer step; with AdamW the sum is what its moments are of. The losses that a turn reports are
-those of the data alone. A factor that is not trained has no gradient to add to, and stays.
+those of the data alone. A factor that is not trained has no gradient to add to, and stays. A head
+that is a client's own is not pulled anywhere: what is shared holds none for it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ class ProximalTerm(L.Callback):
     ) -> None:
         """Add the pull to the gradients, in place."""
         adapter: Any = pl_module.adapter
-        if self.strength:
-            adapter.grads.add_(adapter.weights - self.reference, alpha=self.strength)
+        if not self.strength:
+            return
+        pull = adapter.weights - self.reference
+        if pl_module.private_head:
+            pull[adapter.layout.head] = 0.0
+        adapter.grads.add_(pull, alpha=self.strength)
 
 
 class GradientShift(L.Callback):

@@ -19,6 +19,7 @@ from pfl_lm.data.splits import ClientRows
 from pfl_lm.errors import PflError
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.partition import PartitionOptions
+from pfl_lm.recipe.task import Task
 from tests.data.files import GOOD, Options, write
 from tests.data.templates import TOKENIZERS
 from tests.data.test_turns import FORGETFUL, TALK, turns
@@ -68,6 +69,19 @@ def test_what_is_underlined_is_what_is_learnt(tmp_path, i, names):
         assert [underlined(block)[0], f"t{underlined(block)[1]}"] == said
     else:
         assert underlined(block) == said
+
+
+def test_the_label_is_what_is_learnt(tmp_path):
+    from tests.tasks.worlds import word_tokenizer
+
+    block = re.findall(r"```\n([^`]*~[^`]*)```", PAGE)[5]
+    options = write(tmp_path, ROWS[5])
+    options.format = "text_label"
+    [record] = read_records(options)
+    example = render(word_tokenizer(), record.content, Task("sequence_classification", ("fruit",)))
+    assert underlined(block) == [record.content.label] == ["fruit"]
+    assert example.n_supervised == 1
+    assert example.ending == 1
 
 
 def refused(options):

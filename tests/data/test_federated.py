@@ -69,7 +69,7 @@ def test_equal_tokens_of_all_clients_are_one_object(tiny_tokenizer):
 def test_test_rows_are_tokenized_only_when_asked(tiny_tokenizer, monkeypatch):
     rendered = []
 
-    def spy(tokenizer, content):
+    def spy(tokenizer, content, task):
         rendered.append(content.completion)
         return render(tokenizer, content.prompt, content.completion)
 

@@ -179,6 +179,7 @@ def test_the_recipe_in_a_card_shows_numbers_and_hides_words() -> None:
         "dataset_test_split": None,
         "format": "auto",
         "columns": {},
+        "labels": None,
         "client_column": HIDDEN,
         "partition": None,
         "split_column": HIDDEN,

@@ -155,6 +155,21 @@ def test_every_older_version_ends_with_the_tables_of_this_one(tmp_path: Path) ->
         assert columns(connection) == columns(new)
 
 
+def test_a_ledger_without_metrics_is_brought_along(tmp_path: Path) -> None:
+    """Version 2, as it was: all of this one's tables but one."""
+    path = tmp_path / "federation.sqlite"
+    ledger = Ledger(path)
+    ledger.open_run({"name": "old"}, [])
+    ledger.close()
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript("DROP TABLE metrics; PRAGMA user_version = 2;")
+    for _ in range(2):  # and is then one like any other
+        ledger = Ledger(path)
+        assert ledger.about() == {"name": "old"}
+        assert list(ledger.measured()) == ledger.final_metrics() == []
+        ledger.close()
+
+
 def test_a_place_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="cannot be written: unable to open"):
         Ledger(tmp_path / "nowhere" / "federation.sqlite")

@@ -228,7 +228,7 @@ def test_the_largest_batches_are_rehearsed(tmp_path: Path, monkeypatch: pytest.M
     next(r for r in rows if r["split"] == "test")["completion"] += " on" * 500
     data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     planned(tmp_path, **{"data.path": data})
-    [(_, train, score, device)] = seen
+    [(_, train, score, device, _)] = seen
     assert (train.rows, device.type) == (2, "cpu")
     assert 20 < train.tokens < 128
     assert (score.rows, score.tokens) == (2, 128)

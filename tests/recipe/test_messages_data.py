@@ -14,7 +14,8 @@ BACKBONES = [
     ("{model_name_or_path: a/b, package: c, gguf_file: d}", "backbone: needs exactly one of"),
     (
         "{package: c}",
-        "backbone.gguf_file: missing: `backbone.package` needs to know its `gguf_file`",
+        "backbone.gguf_file: missing: `backbone.package` needs to know its `gguf_file` "
+        "or its `folder`",
     ),
     (
         "{package: c, gguf_file: d, revision: e}",
@@ -58,8 +59,8 @@ def test_columns_must_differ(tmp_path: Path) -> None:
         ),
         (
             ("data.format=mesages",),
-            "must be one of auto, prompt_completion, messages, alpaca, sharegpt, text, got "
-            "'mesages'. Did you mean `messages`?",
+            "must be one of auto, prompt_completion, messages, alpaca, sharegpt, text, text_label, "
+            "got 'mesages'. Did you mean `messages`?",
         ),
         (
             ("data.columns={a: text, b: text}",),
