@@ -31,7 +31,7 @@ class Kept:
 
     uploads: list[Upload]
     store: Store
-    files: list[StateFile]
+    files: list[tuple[str, StateFile]]
 
     @property
     def stored(self) -> StoredUploads:
@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def victim(self) -> Path:
-        return self.store.run_folder / self.files[CHANGED].path
+        return self.store.run_folder / self.files[CHANGED][1].path
 
 
 def kept(folder: Path, n: int = N, d: int = D) -> Kept:
@@ -49,7 +49,10 @@ def kept(folder: Path, n: int = N, d: int = D) -> Kept:
         for _ in range(n)
     ]
     store = Store(folder, {f"c-{i}": f"c-{i}" for i in range(n)}, torch.device("cpu"))
-    files = [store.save_upload(f"c-{i}", 1, upload) for i, upload in enumerate(uploads)]
+    files = [
+        (client, store.save_upload(client, 1, upload))
+        for client, upload in zip(store.slugs, uploads, strict=True)
+    ]
     return Kept(uploads, store, files)
 
 
@@ -70,7 +73,7 @@ def test_the_bits_are_those_of_uploads_in_memory(disk: Kept, name: str, chunk: i
 def test_every_number_is_read_twice_however_many_chunks_there_are(tmp_path: Path) -> None:
     n, d = 40, 100_000
     disk = kept(tmp_path, n, d)
-    size = sum((tmp_path / file.path).stat().st_size for file in disk.files)
+    size = sum((tmp_path / file.path).stat().st_size for _, file in disk.files)
 
     before = bytes_read()
     median(Sent(disk.stored, "weights"), 4 * n * d // 16)
@@ -194,7 +197,7 @@ def test_a_change_that_is_undone_in_time_is_refused_all_the_same(disk: Kept) -> 
 
 def test_two_uploads_that_change_places_are_noticed(disk: Kept) -> None:
     """The same numbers in another order would be sorted to the same; they are refused still."""
-    first, second = (disk.store.run_folder / disk.files[i].path for i in (1, 2))
+    first, second = (disk.store.run_folder / disk.files[i][1].path for i in (1, 2))
 
     def swap() -> None:
         contents = first.read_bytes(), second.read_bytes()
