@@ -126,6 +126,12 @@ def test_a_turn_says_what_it_sends(tmp_path: Path) -> None:
     assert taken(case, ways(case)["loop"]).up is None
 
 
+def test_what_is_sent_is_not_what_was_received(tmp_path: Path) -> None:
+    case = tiny_case(tmp_path, **{"method": {"name": "scaffold"}})
+    did, d = taken(case, ways(case)[OURS]), len(start(case))
+    assert (did.up, did.down) == (4 * d, 2 * 4 * d)  # weights; weights and a control
+
+
 def test_nothing_stays_in_the_backbone_or_on_the_disk(tmp_path: Path) -> None:
     case = tiny_case(tmp_path, **TOP)
     files = sorted(tmp_path.iterdir())
