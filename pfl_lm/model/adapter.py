@@ -217,7 +217,8 @@ class Adapter:
         """
         config = self.config.to_dict()
         if own is not None:
-            modules = sorted(own.target_modules)
+            adapted = [entry.module for entry in self.layout.entries if not entry.head]
+            modules = sorted(targets_here(own.target_modules, adapted))
             config.update(r=own.r, lora_alpha=own.lora_alpha, target_modules=modules)
         config.update(base_model_name_or_path=base_model, revision=revision, inference_mode=True)
         return {key: _plain(value) for key, value in sorted(config.items())}

@@ -118,6 +118,8 @@ def test_scores_of_parts_are_those_of_all_rows(world: World, n_rows: int) -> Non
         share = Noted(rank, N_RANKS)
         score(world.adapter, world.vector(), rows, **how, share=share, on_rows=told.append)
         parts.append(share.parts[0])
-    assert sum(parts).tolist() == pytest.approx(alone.nll, rel=1e-6)
+    nll, right, _ = sum(parts).tolist()
+    assert nll == pytest.approx(alone.nll, rel=1e-6)
+    assert tuple(right) == alone.right
     assert told == [n_rows] * N_RANKS  # each rank knows when all rows are done
-    assert sum(int((part != 0).sum()) for part in parts) == n_rows
+    assert sum(int((part[0] != 0).sum()) for part in parts) == n_rows
