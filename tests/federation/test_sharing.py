@@ -56,3 +56,10 @@ def test_a_plan_says_it_for_any_number() -> None:
     assert planned("data", 1, [6]) == (
         "this is one process, and runtime.parallel: data needs several"
     )
+
+
+def test_ranks_that_cannot_share_rows_take_clients_however_few_there_are() -> None:
+    found = sharing("auto", 4, [1, 1, 1], rows=False)
+    assert (found.way, found.n_ranks) == ("clients", 4)
+    assert found.why.endswith("rows are shared for causal_lm only")
+    assert planned("auto", 1, [3], rows=False) == "up to 3 ranks would take clients of their own"

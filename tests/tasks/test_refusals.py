@@ -90,6 +90,34 @@ PAIRS = {"task": "seq2seq_lm"}
             "privacy.record_level: a row's own gradient has not been tried through an encoder and "
             "a decoder; leave it out, or choose another task",
         ),
+        (
+            CLASSES | {"backbone.quantization": "nf4"},
+            "backbone.quantization: has not been tried with `task: sequence_classification`; "
+            "leave it out",
+        ),
+        (
+            PAIRS | {"backbone.device_map": "auto"},
+            "backbone.device_map: has not been tried with `task: seq2seq_lm`; leave it out",
+        ),
+        (
+            PAIRS | {"training.gradient_checkpointing": True},
+            "training.gradient_checkpointing: has not been tried with `task: seq2seq_lm`",
+        ),
+        (
+            CLASSES | {"runtime.parallel": "data"},
+            "runtime.parallel: has not been tried with `task: sequence_classification`",
+        ),
+        (
+            CLASSES
+            | {"method.name": "local", "clients": [{"match": {"ids": ["alice"]}, "r": 2}]},
+            "clients: `r` and `target_modules` of some clients' own have no place for the head of "
+            "`task: sequence_classification`; leave them out",
+        ),
+        (
+            CLASSES | {"method.name": "hetlora"},
+            "method.name: `hetlora` averages products B A, and the head of `task: "
+            "sequence_classification` is none; choose another method",
+        ),
         (CLASSES | {"data.labels": ["a"]}, "data.labels: must name at least two classes"),
         (CLASSES | {"data.labels": ["a", "b", "a"]}, "data.labels: 'a' is there twice"),
         (CLASSES | {"data.labels": ["a", " "]}, "data.labels: ' ' is empty"),
