@@ -78,7 +78,7 @@ LEDGER_TOO = " and that its disk has room"
     ("owner", "name", "k", "what"),
     [
         (Ledger, "_commit", 5, r"federation\.sqlite: cannot be written: disk I/O error"),
-        (Store, "save_client", 2, r"clients/bob/state-1\.safetensors: "),
+        (Store, "_write_behind", 3, r"clients/bob/state-1\.safetensors: "),
         (Store, "discard", 2, r"server/state-0\.safetensors: "),
         (Path, "replace", 12, r"\S+: "),
         (pfl_lm.export.adapters, "export_adapter", 2, r"adapters/bob/adapter_config\.json: "),

@@ -46,9 +46,9 @@ def test_test_rows_are_tokenized_once_and_after_the_last_turn(
 ) -> None:
     watch, render = Notes(), pfl_lm.data.tokenizing.render
 
-    def spied(tokenizer: Any, content: Any) -> Any:
+    def spied(tokenizer: Any, content: Any, task: Any) -> Any:
         watch.events.append(("read", content.prompt))
-        return render(tokenizer, content)
+        return render(tokenizer, content, task)
 
     monkeypatch.setattr(pfl_lm.data.tokenizing, "render", spied)
     run(tmp_path, watch)
