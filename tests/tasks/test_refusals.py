@@ -108,8 +108,7 @@ PAIRS = {"task": "seq2seq_lm"}
             "runtime.parallel: has not been tried with `task: sequence_classification`",
         ),
         (
-            CLASSES
-            | {"method.name": "local", "clients": [{"match": {"ids": ["alice"]}, "r": 2}]},
+            CLASSES | {"method.name": "local", "clients": [{"match": {"ids": ["alice"]}, "r": 2}]},
             "clients: `r` and `target_modules` of some clients' own have no place for the head of "
             "`task: sequence_classification`; leave them out",
         ),
