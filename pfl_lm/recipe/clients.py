@@ -20,9 +20,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, mo
 from pydantic_core import PydanticCustomError
 
 from pfl_lm.errors import RecipeError, listed
+from pfl_lm.recipe.kinds import ModuleName, Text, module_names
 from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.scalars import brief, show
-from pfl_lm.recipe.sections import ModuleName, Text, TrainingOptions, module_names
+from pfl_lm.recipe.sections import TrainingOptions
 
 MOST_RULES = 1000
 _KEYS = ("max_steps", "local_epochs", "learning_rate", "max_length", "r", "target_modules")

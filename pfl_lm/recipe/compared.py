@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from pfl_lm.recipe.kinds import Rate, fits
 from pfl_lm.recipe.methods import METHOD_OPTIONS
 from pfl_lm.recipe.nearest import nearest
 from pfl_lm.recipe.options import Options, broken
 from pfl_lm.recipe.scalars import brief, resolve_plain, show
-from pfl_lm.recipe.sections import Rate, TrainingOptions, fits
+from pfl_lm.recipe.sections import TrainingOptions
 from pfl_lm.recipe.yaml12 import parse_scalar_or_flow
 
 Optimizer = Literal["sgd", "adamw"]

@@ -8,10 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, field_validator, model_validator
 
+from pfl_lm.recipe.kinds import PackageName, Text, file_within, fits
 from pfl_lm.recipe.options import MOST, Options, broken
 from pfl_lm.recipe.partition import PartitionOptions, names
 from pfl_lm.recipe.scalars import show
-from pfl_lm.recipe.sections import PackageName, Text, file_within, fits
 from pfl_lm.recipe.task import Labels
 
 

@@ -15,6 +15,7 @@ from pfl_lm.recipe.clients import ClientRule, ClientRules
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.draft import Draft, read_draft
 from pfl_lm.recipe.explain import explain
+from pfl_lm.recipe.kinds import RunName
 from pfl_lm.recipe.options import Options
 from pfl_lm.recipe.places import place_backbone, place_data, place_federation, place_runtime
 from pfl_lm.recipe.privacy import PrivacyOptions
@@ -23,7 +24,6 @@ from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
     FederationOptions,
-    RunName,
     RuntimeOptions,
 )
 from pfl_lm.recipe.write import write_yaml

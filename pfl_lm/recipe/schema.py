@@ -14,6 +14,7 @@ from pfl_lm.recipe.compared import CompareOptions
 from pfl_lm.recipe.data import DataOptions
 from pfl_lm.recipe.evaluation import EvaluationOptions
 from pfl_lm.recipe.fitting import fitted_to_task
+from pfl_lm.recipe.kinds import RunName
 from pfl_lm.recipe.methods import (
     MIXES_RANKS,
     LocalOptions,
@@ -28,7 +29,6 @@ from pfl_lm.recipe.sections import (
     AdapterOptions,
     BackboneOptions,
     FederationOptions,
-    RunName,
     RuntimeOptions,
     TrainingOptions,
 )

@@ -3,103 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
-    PlainSerializer,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
+from pfl_lm.recipe.kinds import (
+    HubId,
+    ModuleName,
+    PackageName,
+    Rate,
+    Text,
+    file_within,
+    folder_within,
+    module_names,
+    unique,
+    whole_as_int,
+)
 from pfl_lm.recipe.options import MOST, Options, broken
-from pfl_lm.recipe.scalars import brief, show
 from pfl_lm.recipe.task import Head
-
-_NOT_ADAPTED = ("embed_tokens", "lm_head")
-
-
-def fits(pattern: str, said: str) -> AfterValidator:
-    """Return a validator for text that must match ``pattern``; ``said`` tells a person the rule."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise broken(f"must be {said}, got {show(text)}")
-        return text
-
-    return AfterValidator(check)
-
-
-def _auto_or_number(value: object, number: ValidatorFunctionWrapHandler) -> object:
-    return value if value == "auto" else number(value)
-
-
-_Rate = Annotated[float, Field(gt=0, le=1e38)]  # what float32 holds
-_OR_AUTO = WrapValidator(_auto_or_number, json_schema_input_type=_Rate | Literal["auto"])
-_AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
-Rate = Annotated[_Rate, _OR_AUTO, _AS_IT_IS]
-
-
-def _whole_as_int(number: float) -> float:
-    return int(number) if number.is_integer() else number
-
-
-def _unique(items: list[int] | None) -> list[int] | None:
-    if items is not None and len(set(items)) < len(items):
-        raise broken("each layer may be named once only")
-    return items
-
-
-def module_names(names: list[str]) -> list[str]:
-    """Return modules that an adapter may be put beside; each once, and none of the vocabulary."""
-    if not names:
-        raise broken("must name at least one module, for example `[q_proj, v_proj]`")
-    before: set[str] = set()
-    for i, name in enumerate(names):
-        if name in before:
-            raise broken(f"`{brief(name)}` is there twice", i)
-        before.add(name)
-        if name.rpartition(".")[2] in _NOT_ADAPTED:
-            raise broken(
-                f"`{brief(name)}` cannot be adapted: it would make every client's adapter as large "
-                "as the vocabulary, and serving engines do not take it",
-                i,
-            )
-    return names
-
-
-def _within(text: str, what: str) -> str:
-    windows = PureWindowsPath(text)
-    parts = PurePosixPath(text).parts
-    if "\\" in text or windows.drive or text.startswith(("/", "~")) or ".." in parts or not parts:
-        raise broken(f"must be the name of a {what} inside the package, got {show(text)}")
-    return text
-
-
-def file_within(text: str) -> str:
-    """Return the name of a file inside a package, if it can be one."""
-    return _within(text, "file")
-
-
-def _folder_within(text: str) -> str:
-    return _within(text, "folder")
-
-
-RunName = Annotated[
-    str,
-    fits(
-        r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}",
-        "1 to 80 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
-    ),
-]
-Text = Annotated[str, Field(min_length=1)]
-ModuleName = Annotated[str, fits(r"[\w-]+(\.[\w-]+)*", "a module name such as q_proj")]
-PackageName = Annotated[str, fits(r"[A-Za-z_][\w-]*", "the name of an installed package")]
-HubId = Annotated[str, fits(r"[\w.-]+(/[\w.-]+)?", "a Hub id such as ORG/NAME")]
 
 
 class BackboneOptions(Options):
@@ -121,7 +46,7 @@ class BackboneOptions(Options):
         description="GGUF file inside the package.",
         examples=["SmolLM2-135M-Instruct.Q4_1.gguf"],
     )
-    folder: Annotated[str, AfterValidator(_folder_within)] | None = Field(
+    folder: Annotated[str, AfterValidator(folder_within)] | None = Field(
         default=None,
         description="Folder inside the package, with config.json and model.safetensors.",
         examples=["model"],
@@ -196,7 +121,7 @@ class AdapterOptions(Options):
     """The LoRA adapter W₀ + (lora_alpha / r) B A of each adapted matrix; names as in PEFT."""
 
     r: int = Field(default=8, ge=1, le=1024, description="Rank of the factors A and B.")
-    lora_alpha: Annotated[float, AfterValidator(_whole_as_int)] = Field(
+    lora_alpha: Annotated[float, AfterValidator(whole_as_int)] = Field(
         default=16, gt=0, le=MOST, description="Numerator of the adapter's scale lora_alpha / r."
     )
     lora_dropout: float = Field(
@@ -208,7 +133,7 @@ class AdapterOptions(Options):
         "for `query` and `value` (BERT), `q` and `v` (T5) and `q_lin` and `v_lin` (DistilBERT).",
     )
     layers_to_transform: (
-        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_unique)]
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(unique)]
         | None
     ) = Field(
         default=None, description="Numbers of the layers that are adapted, from 0; all if not set."
