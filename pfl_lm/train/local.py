@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -13,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from typing_extensions import override
 
 from pfl_lm.data.batches import OF_ROWS, accumulation_of_rank, training_batches
 from pfl_lm.data.poisson import poisson_steps
@@ -25,7 +22,8 @@ from pfl_lm.privacy.spent import expected_rows, noted
 from pfl_lm.seeds import derive_seed
 from pfl_lm.train.loss import nll_sum
 from pfl_lm.train.module import Moments, PersonalizedLM
-from pfl_lm.train.scaling import FIRST_SCALE, ScaledGradients, scaling_for
+from pfl_lm.train.nested import Ticker, quiet, trainer_for
+from pfl_lm.train.scaling import FIRST_SCALE, scaling_for
 
 if TYPE_CHECKING:
     from pfl_lm.data.examples import Example
@@ -111,7 +109,7 @@ class LocalTrainer:
         self.learning_rate = training.learning_rate
         self.n_tokens = sum(example.n_supervised for example in examples)
         self.summary: dict[str, float] = {}
-        self.onlookers: list[L.Callback] = [] if on_step is None else [_Ticker(on_step)]
+        self.onlookers: list[L.Callback] = [] if on_step is None else [Ticker(on_step)]
         self._fits = 0
 
     def train(
@@ -145,13 +143,13 @@ class LocalTrainer:
         )
         device = self.adapter.weights.device
         with (
-            _quiet(),
+            quiet(),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             nullcontext() if private is None else private.watching(),
         ):
             torch.manual_seed(self._dropout_seed())
             looking_on = [*callbacks, *self.onlookers]
-            trainer = _trainer(device, accumulation, steps, looking_on, self.scaling)
+            trainer = trainer_for(device, accumulation, steps, looking_on, self.scaling)
             left_out = self._left_out()
             trainer.fit(module, batches)
         if moments is not None and running is not None:
@@ -359,58 +357,6 @@ class LocalTrainer:
         self.summary.update(noted(sigma, self.n_examples, rows_in_step, steps))
 
 
-class _Ticker(L.Callback):
-    def __init__(self, on_step: Callable[[], None]) -> None:
-        self.on_step = on_step
-        self._seen = 0
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from 0 in every fit of the turn."""
-        self._seen = 0
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
-        if trainer.global_step > self._seen:
-            self._seen = trainer.global_step
-            self.on_step()
-
-
-class _quiet(warnings.catch_warnings):  # noqa: N801
-    """Silence what Lightning says to people who call it once; we call it for every client."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-
-
 def _place(share: Share | None) -> dict[str, int]:
     """Return by which names loaders know a rank's share; none for all rows."""
     return {} if share is None else {"rank": share.rank, "n_ranks": share.n_ranks}
-
-
-def _trainer(
-    device: torch.device,
-    accumulation: int,
-    steps: int,
-    callbacks: list[L.Callback],
-    scaling: ScaledGradients | None,
-) -> L.Trainer:
-    return L.Trainer(
-        strategy=SingleDeviceStrategy(device=device),
-        plugins=None if scaling is None else [scaling],
-        accelerator="cuda" if device.type == "cuda" else device.type,
-        devices=1,
-        max_epochs=1,
-        max_steps=steps,
-        accumulate_grad_batches=accumulation,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
