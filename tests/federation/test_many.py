@@ -210,6 +210,8 @@ def test_ten_thousand_clients(tmp_path: Path) -> None:
         if each["calls"] >= CLIENTS
     }
     assert len(slower) > 5
-    assert {part: ratio for part, ratio in slower.items() if ratio > 2} == {}
+    # the last calls are final scoring's, with more rows to each: books may cost more, but little
+    short = {part for part, each in seen["parts"].items() if each["last"] < 1}  # ms
+    assert {part: ratio for part, ratio in slower.items() if ratio > 2 and part not in short} == {}
     assert {asked: ms for asked, ms in seen["questions"].items() if ms > 1000} == {}
     assert seen["verbs"]["closing table, lines"] < 40
