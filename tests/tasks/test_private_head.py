@@ -18,9 +18,12 @@ from pfl_lm.federation.watch import Watch
 from pfl_lm.finetune import RunResult, finetune
 from pfl_lm.layout import AdapterLayout, Vector
 from pfl_lm.methods import METHODS
-from pfl_lm.recipe import load_recipe
+from pfl_lm.model.adapter import Adapter
+from pfl_lm.recipe import AdapterOptions, TrainingOptions, load_recipe
 from pfl_lm.recipe.methods import MIXES_RANKS
+from pfl_lm.train import LocalTrainer
 from tests.runs import ask
+from tests.tasks.test_classification import backbone_of, batch_of
 from tests.tasks.worlds import OF_CLIENT, classification, labelled_rows
 from tests.tiny import write_jsonl
 
@@ -211,3 +214,19 @@ def test_an_automatic_rate_looks_at_the_head_that_was_there(tmp_path: Path) -> N
     result = run(tmp_path, **PRIVATE, **changes)
     summaries = ask(result.folder, "SELECT json_extract(summary, '$.batches_before') FROM turns")
     assert [before for (before,) in summaries] == [pytest.approx(1.0986123, abs=1e-6)] * 3
+
+
+def test_a_gradient_that_a_method_asks_for_has_nothing_of_a_private_head() -> None:
+    backbone = backbone_of("bert")
+    adapter = Adapter(backbone, AdapterOptions(), seed=1)
+    batch = {**batch_of(backbone, labelled_rows(("alice",))[:4]), "window_tokens": 4}
+    at, head = adapter.read(), adapter.layout.head
+    grads = {}
+    for own in (None, at[head].clone()):
+        training = TrainingOptions(learning_rate=0.1, max_steps=1)
+        run = LocalTrainer(adapter, (), training, steps=1, pad_token_id=0, seed=0, head=own)
+        _, grads[own is None] = run.loss_and_grad(at, batch)
+    assert grads[True][head].any()
+    assert not grads[False][head].any()
+    assert torch.equal(grads[True][: head.start], grads[False][: head.start])
+    adapter.close()
