@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from pfl_lm.layout import Vector
 from pfl_lm.methods.aggregate import checked, upload_weight
 from pfl_lm.methods.base import Broadcast, ClientState, LocalRun, Method, ServerState, Upload
-from pfl_lm.methods.mixed import Filled, effect, mean_of_known
+from pfl_lm.methods.mixed import Filled, cut_for, effect, mean_of_known
 
 if TYPE_CHECKING:
     from pfl_lm.recipe import HetLoraOptions
@@ -44,9 +44,7 @@ class HetLora(Method):
 
     def broadcast(self, server: ServerState, client_id: str) -> Broadcast:
         """Send as much of the shared adapter as this client has room for."""
-        own = self.setup.layout_of(client_id)
-        cut = self.setup.layout.taken(server.vectors["global_weights"], own)
-        return Broadcast({"global_weights": cut})
+        return cut_for(self.setup, server, client_id)
 
     def turn(
         self, sent: Broadcast, client: ClientState, run: LocalRun

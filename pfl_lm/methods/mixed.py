@@ -16,9 +16,16 @@ import torch
 from pfl_lm.errors import AggregationError
 from pfl_lm.layout import AdapterLayout, Vector
 from pfl_lm.methods.aggregate import Weighted, checked
+from pfl_lm.methods.base import Broadcast
 
 if TYPE_CHECKING:
-    from pfl_lm.methods.base import Setup, Upload
+    from pfl_lm.methods.base import ServerState, Setup, Upload
+
+
+def cut_for(setup: Setup, server: ServerState, client_id: str) -> Broadcast:
+    """Return as much of the shared adapter as a client has room for."""
+    own = setup.layout_of(client_id)
+    return Broadcast({"global_weights": setup.layout.taken(server.vectors["global_weights"], own)})
 
 
 @dataclass(frozen=True, slots=True)
